@@ -1,0 +1,46 @@
+"""What scripts written for nnsight expect and eager code does not need.
+
+    hidden = model.transformer.h[-1].output.save()      # `.save()` gives the value itself
+    hidden.value                                        # and so does `.value`
+
+Nothing has to be saved: a value read in a trace is an ordinary variable. This is the one module that changes types which are
+not its own: `torch.Tensor` gets `save` and `value` when the package is imported, and on the first trace the builtin
+containers and numbers get `save`. `NNSIGHT_EAGER_SAVE=0` in the environment turns both off.
+"""
+
+import ctypes
+import gc
+import os
+from typing import Any, Final, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+BUILTINS: Final = (tuple, list, dict, set, int, float, complex, str)
+ENABLED: Final = os.environ.get("NNSIGHT_EAGER_SAVE") != "0"
+
+
+def save(value: T) -> T:
+    """Give `value` back: `hidden = save(model.transformer.h[-1].output)`."""
+    return value
+
+
+def add_save_to_tensors() -> None:
+    """Let `tensor.save()` and `tensor.value` give the tensor."""
+    if ENABLED and not hasattr(torch.Tensor, "save"):
+        torch.Tensor.save = save  # type: ignore[attr-defined]
+        torch.Tensor.value = property(save)  # type: ignore[attr-defined]
+
+
+def add_save_to_builtins() -> None:
+    """Let `.save()` of a tuple, list, dict or number give the value."""
+    if ENABLED and not hasattr(tuple, "save"):
+        for builtin in BUILTINS:
+            _dict_of(builtin)["save"] = save
+            ctypes.pythonapi.PyType_Modified(ctypes.py_object(builtin))
+
+
+def _dict_of(builtin: type) -> dict[str, Any]:
+    """The dictionary behind the read-only view that a builtin type shows of it."""
+    return gc.get_referents(builtin.__dict__)[0]  # type: ignore[no-any-return]

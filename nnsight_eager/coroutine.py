@@ -1,0 +1,289 @@
+"""A function that can be paused from anywhere inside it.
+
+    def forward():
+        coroutine.pause("half way")
+        return "done"
+
+    coroutine = Coroutine(forward)
+    coroutine.resume()    # "half way"
+    coroutine.resume()    # None: the function has ended
+    coroutine.result      # "done"
+
+It runs on a stack of its own, a greenlet. Any number of Python and C frames may lie between its first line and the pause.
+`resume` may be called from any stack of the thread that started it; `pause` switches back to that stack and to no other.
+Each side keeps its own torch settings; both share their context variables.
+"""
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Final
+
+from greenlet import getcurrent, greenlet
+
+from .errors import InsideForwardError, InternalError, WrongThreadError
+from .fence import fenced
+from .torch_state import Settings, exchange, grad_enabled, reset, set_grad_enabled
+
+OUR_FOLDER: Final = str(Path(__file__).parent)
+
+current_stack = getcurrent
+"""The stack this code runs on: two calls give the same object exactly where they run on the same stack."""
+
+_NO_CONTEXT: Final = object()
+_makes_a_context: ContextVar[None] = ContextVar("_makes_a_context")
+
+
+class Closed(BaseException):
+    """Raised where a coroutine is paused when nobody will resume it, so that its `finally` blocks run."""
+
+
+class Coroutine:
+    """A call that runs on its own stack until it pauses, and goes on when it is resumed."""
+
+    __slots__ = (
+        "__weakref__", "_base", "_call", "_closing", "_context", "_error", "_opener", "_resumer", "_side", "_stack", "finished",
+        "result",
+    )  # fmt: skip
+
+    def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Nothing runs before the first `resume`; the function begins with the torch settings in force here."""
+        self._call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None = (function, args, kwargs)
+        self._stack: Stack | None = None
+        self._base = self._side = Settings.take()
+        self._context: Any = _NO_CONTEXT
+        self._resumer: Any = None
+        self._error: BaseException | None = None
+        self._closing = False
+        self.finished = False
+        self.result: Any = None
+
+    @property
+    def stack(self) -> greenlet:
+        """The stack it runs on, an idle one or a new one from the first time this is asked."""
+        if self._stack is None:
+            self._start()
+        assert self._stack is not None
+        return self._stack.greenlet
+
+    @property
+    def frame(self) -> FrameType | None:
+        """The innermost Python frame it is paused at; `None` where it is not paused."""
+        return None if self._stack is None else self._stack.greenlet.gr_frame
+
+    def resume(self) -> Any:
+        """Go on until the next pause and return what it was paused with; `None`, with `finished` set, at the end.
+
+        What the function raises is raised here.
+        """
+        stack = (self._stack or self._start()).greenlet
+        here = getcurrent()
+        if here is not self._resumer:
+            self._hang_below(here)
+        if here.gr_context is not self._context:
+            self._share_context(here)
+        grad, side = grad_enabled(), self._side
+        # Inference mode is a guard: where the function may leave one it entered, only a guard of ours brings it back.
+        if side.in_force() and side.inference is self._base.inference:
+            self._opener = side
+            paused_with = stack.switch()
+            if self.finished and not side.in_force():
+                reset(side)
+        else:
+            self._opener = opener = Settings.take()
+            paused_with = exchange(opener, side, stack.switch, guard=True)
+        if grad_enabled() is not grad:
+            set_grad_enabled(grad)
+        if self._error is not None:
+            self._raise()
+        return paused_with
+
+    def pause(self, value: Any) -> None:
+        """Switch back to whoever resumed this coroutine; returns when it is resumed."""
+        grad, opener = grad_enabled(), self._opener
+        if opener.in_force():
+            self._side = opener
+            self._resumer.switch(value)
+        else:
+            self._side = side = Settings.take()
+            exchange(side, opener, lambda: self._resumer.switch(value), guard=False)
+        if grad_enabled() is not grad:
+            set_grad_enabled(grad)
+        if self._closing:
+            raise Closed
+
+    def close(self) -> None:
+        """Raise `Closed` where it is paused, so that its `finally` blocks run.
+
+        One thread cannot switch to another's stack: closed elsewhere, it unwinds when its own thread next starts a
+        coroutine, or ends.
+        """
+        if self.finished or self._closing:
+            return
+        self._closing = True
+        if self._stack is None:
+            self._call, self.finished = None, True
+        elif self._stack.thread is not _thread.state:
+            self._stack.thread.orphans.append(self)
+        else:
+            self._unwind()
+
+    def _unwind(self) -> None:
+        """Let a closing coroutine run to its end; a `pause` on the way raises `Closed` again."""
+        try:
+            while not self.finished:
+                self.resume()
+        except Closed:
+            pass
+
+    def _start(self) -> "Stack":
+        """Take an idle stack of this thread, or a new one."""
+        if self.finished:
+            raise InternalError("A coroutine that has ended was resumed.")
+        thread = _thread.state
+        if thread.orphans:
+            thread.close_orphans()
+        self._stack = stack = thread.stack()
+        stack.coroutine = self
+        return stack
+
+    def _hang_below(self, here: greenlet) -> None:
+        """Make `here` the stack that a pause switches back to."""
+        assert self._stack is not None
+        if self._stack.thread is not _thread.state:
+            raise WrongThreadError(
+                "This run is paused on another thread, and a paused forward pass can only go on on its own thread.",
+                "Read it on the thread that opened the trace, or open a trace of its own on this one.",
+            )
+        try:
+            self._stack.greenlet.parent = here
+            self._resumer = here
+        except ValueError:  # greenlet refuses a cycle of parents
+            raise InsideForwardError(
+                "A point was asked for by code that the model's own forward pass called (a hook or a callback).",
+                "Open a trace of its own there: it runs a forward pass of its own and may be nested.",
+            ) from None
+
+    def _share_context(self, here: greenlet) -> None:
+        """Run in the resumer's context variables, unless the function has entered a context of its own."""
+        assert self._stack is not None
+        if here.gr_context is None:
+            _makes_a_context.set(None)
+        stack = self._stack.greenlet
+        if self._context is _NO_CONTEXT or stack.gr_context is self._context:
+            stack.gr_context = self._context = here.gr_context
+
+    def _raise(self) -> None:
+        """Raise what the function raised, without our frames and without leaving a cycle behind."""
+        error, self._error = self._error, None
+        assert error is not None
+        try:
+            raise error.with_traceback(without_our_frames(error.__traceback__))
+        finally:
+            del error
+
+    def run(self) -> None:
+        """On the stack: call the function and keep what came of it."""
+        assert self._call is not None
+        (function, args, kwargs), self._call = self._call, None
+        set_grad_enabled(self._base.grad)
+        try:
+            if self._closing:
+                raise Closed
+            self.result = function(*args, **kwargs)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.finished, self._stack, self._context = True, None, None
+
+
+class Stack:
+    """A greenlet that runs one coroutine after another, so that a run need not make its own."""
+
+    __slots__ = ("coroutine", "greenlet", "thread")
+
+    def __init__(self, thread: "ThreadState") -> None:
+        """Make the stack; its first frame is the fence."""
+        self.thread = thread
+        self.coroutine: Coroutine | None = None
+        self.greenlet = greenlet(lambda: fenced(self._work))
+
+    def _work(self) -> None:
+        """Run the coroutine at hand, be idle, run the next; an idle stack refers to no call and no answer."""
+        while True:
+            assert self.coroutine is not None
+            self.coroutine.run()
+            self.coroutine = None
+            self.thread.busy.discard(self)
+            self.thread.idle.append(self)
+            getcurrent().parent.switch()  # type: ignore[union-attr]  # only the main stack has no parent
+
+
+class ThreadState:
+    """One thread's stacks, and what another thread left here to be closed."""
+
+    def __init__(self) -> None:
+        """A thread begins with no stack."""
+        self.idle: list[Stack] = []
+        self.busy: set[Stack] = set()
+        self.orphans: deque[Coroutine] = deque()
+
+    def stack(self) -> Stack:
+        """A stack with nothing on it, from now on busy."""
+        stack = self.idle.pop() if self.idle else Stack(self)
+        if stack.greenlet.dead:  # an interrupt between two instructions of ours has ended it
+            stack = Stack(self)
+        self.busy.add(stack)
+        return stack
+
+    def close_orphans(self) -> None:
+        """Close what was closed or collected on another thread, which cannot switch to a stack of this one."""
+        while self.orphans:
+            self.orphans.popleft()._unwind()
+
+    def end(self) -> None:
+        """Close every coroutine and end every stack: the thread ends, and nobody could resume them later."""
+        self.close_orphans()
+        for stack in [*self.busy]:
+            if stack.coroutine is not None:
+                stack.coroutine.close()
+        for stack in self.idle:
+            stack.greenlet.throw()
+
+
+class _ThreadEnd:
+    """Lives as long as its thread does."""
+
+    def __init__(self, state: ThreadState) -> None:
+        self._state = state
+
+    def __del__(self) -> None:
+        # At interpreter exit a switch is no longer safe: a forward paused then does not run its `finally` blocks.
+        if not sys.is_finalizing():
+            self._state.end()
+
+
+class _Thread(threading.local):
+    """This thread's state."""
+
+    def __init__(self) -> None:
+        self.state = ThreadState()
+        self.end = _ThreadEnd(self.state)
+
+
+_thread = _Thread()
+
+
+def without_our_frames(traceback: TracebackType | None) -> TracebackType | None:
+    """The traceback less the frames of this package, which would stand between the reader and the model."""
+    if traceback is None:
+        return None
+    rest = without_our_frames(traceback.tb_next)
+    if traceback.tb_frame.f_code.co_filename.startswith(OUR_FOLDER):
+        return rest
+    traceback.tb_next = rest
+    return traceback

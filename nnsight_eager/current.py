@@ -1,0 +1,77 @@
+"""Which open run a point belongs to.
+
+    enter(run)          # from now on, points read where this is called and on the stack above mean this run
+    current(root)       # the run meant here
+    leave(run)
+
+The open run of the root whose opening frame is nearest on the asking stack; else the innermost in this context, so that
+threads and asyncio tasks are apart. The context alone would be wrong for generators, which share their caller's.
+"""
+
+import contextlib
+import sys
+import weakref
+from contextvars import ContextVar
+from types import FrameType
+
+import torch
+
+from .errors import OutsideTraceError
+from .run import Run, user_frame
+
+# The open runs of this context, outermost first, each with the frames that opened it. Weak: a run that is left behind is freed.
+_entered: ContextVar[tuple[tuple[weakref.ref[Run], tuple[int, ...]], ...]] = ContextVar("nnsight_eager_runs", default=())
+
+
+def enter(run: Run) -> None:
+    """Make `run` the one that points mean where this is called and on the stack above."""
+    _entered.set((*_entered.get(), (weakref.ref(run), _opening_frames())))
+
+
+def leave(run: Run) -> None:
+    """Leave by identity: a generator may end in another context than it began in."""
+    _entered.set(tuple(entry for entry in _entered.get() if entry[0]() not in (run, None)))
+
+
+def current(root: torch.nn.Module) -> Run:
+    """The open run of `root` that a point read here belongs to."""
+    entered = _entered.get()
+    if len(entered) == 1:
+        run = entered[0][0]()
+        if run is not None and run.root is root and run.open:
+            return run
+    return _nearest(root)
+
+
+def _nearest(root: torch.nn.Module) -> Run:
+    """Of the open runs of `root`, the one opened by the nearest frame on this stack; of two opened by one frame the later."""
+    runs = [(run, by) for reference, by in _entered.get() if (run := reference()) is not None and run.root is root and run.open]
+    if not runs:
+        raise OutsideTraceError(
+            "A point was read where no trace of this model is open.",
+            "Read it inside `with model.trace(...):`; a value read there stays an ordinary variable afterwards.",
+        )
+    frame: FrameType | None = sys._getframe(2) if len(runs) > 1 else None
+    while frame is not None:
+        for run, opened_by in reversed(runs):
+            if id(frame) in opened_by:
+                return run
+        frame = frame.f_back
+    return runs[-1][0]
+
+
+def _opening_frames() -> tuple[int, ...]:
+    """Which frames open a trace here: the user's, and where a context manager of theirs opens it, its user's too.
+
+    Identities, since a run that held its frame could be freed only together with it.
+    """
+    opening: list[int] = []
+    frame: FrameType | None = user_frame()
+    while frame is not None:
+        opening.append(id(frame))
+        frame = frame.f_back
+        if frame is None or frame.f_code.co_filename != contextlib.__file__:
+            break
+        while frame is not None and frame.f_code.co_filename == contextlib.__file__:
+            frame = frame.f_back
+    return tuple(opening)

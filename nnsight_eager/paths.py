@@ -1,0 +1,42 @@
+"""Where a module stands in the tree, and how a user writes it.
+
+path_in(root, root.transformer.h[2])             # "transformer.h.2"
+spelled("transformer.h.2", "output")             # "model.transformer.h[2].output"
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+
+def path_in(root: torch.nn.Module, module: torch.nn.Module) -> str:
+    """The module's own name in the tree."""
+    return next((name for name, each in root.named_modules(remove_duplicate=False) if each is module), type(module).__name__)
+
+
+def spelled(path: str, kind: str = "") -> str:
+    """A path as one would write it: `model.transformer.h[2].output`."""
+    parts = [f"[{part}]" if part.isdigit() else f".{part}" for part in path.split(".") if part]
+    return "model" + "".join(parts) + (f".{kind}" if kind else "")
+
+
+def modules_above(root: torch.nn.Module, module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules above `module` in the tree, under each of its names."""
+    for name, each in root.named_modules(remove_duplicate=False):
+        if each is module and each is not root:
+            above = root
+            yield above
+            for part in name.split(".")[:-1]:
+                above = above._modules[part]  # type: ignore[assignment]
+                yield above
+
+
+def innermost_module(error: BaseException, known: set[int]) -> torch.nn.Module | None:
+    """The module whose call raised, found in the traceback."""
+    traceback, found = error.__traceback__, None
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_globals is torch.nn.modules.module.__dict__ and id(frame.f_locals.get("self")) in known:
+            found = frame.f_locals["self"]
+        traceback = traceback.tb_next
+    return found

@@ -1,0 +1,145 @@
+"""`output`, `input`, `inputs`, `hidden`, `skip` as properties.
+
+    model.transformer.h[5].output                    # the forward goes on to here; the real tensor
+    model.transformer.h[5].output = zeros            # the model computes on with this
+    model.transformer.h[5].skip(model.transformer.h[5].input)
+
+Each property is annotated exactly `-> torch.Tensor`: with any other annotation, or none, IPython's completer evaluates it to
+see what it has, and so runs the model (IPython 9.18).
+"""
+
+from typing import Any
+
+import torch
+
+from .errors import ChangedInPlaceError, EditError, NotReachedError, OutOfOrderError
+from .nested import described, first_tensor, with_first_tensor
+from .paths import spelled
+from .run import Run
+from .visits import INPUT, OUTPUT, Kind, Visit
+
+
+class Points:
+    """Where the values of one module can be read and replaced."""
+
+    _module: torch.nn.Module
+    _path: str
+
+    def _run(self) -> Run:
+        """The run these points belong to."""
+        raise NotImplementedError
+
+    def _visit(self, kind: Kind) -> Visit:
+        """The visit asked for: the run is paused at it when this returns."""
+        return self._run().ask(self._module, kind, self._path)
+
+    @property
+    def output(self) -> torch.Tensor:
+        """What the module returns: `hidden = layer.output`, `layer.output = hidden * 0`.
+
+        It is what the calling module receives, after forward hooks, in the type the module returned: a tensor, a tuple, a
+        model output. Raises `OutOfOrderError`, `NotReachedError` or `OutsideTraceError` at the line that asked.
+        """
+        return self._visit(OUTPUT).value  # type: ignore[no-any-return]
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._run().replace(self._visit(OUTPUT), value, self._path)
+
+    @property
+    def input(self) -> torch.Tensor:
+        """The module's first positional argument, else its first keyword argument: `layer.input`, `layer.input = x`.
+
+        At the module's output it can still be read, not replaced; `ChangedInPlaceError` where it no longer holds what the
+        module received.
+        """
+        args, kwargs = self._received()
+        if args:
+            return args[0]  # type: ignore[no-any-return]
+        return next(iter(self._first(kwargs).values()))  # type: ignore[no-any-return]
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        visit = self._entering("input")
+        args, kwargs = visit.args, visit.kwargs
+        new = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(self._first(kwargs))): value})
+        self._run().replace(visit, new, self._path)
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """All the module's arguments, `(args, kwargs)`: `(hidden, *rest), keywords = layer.inputs`."""
+        return self._received()  # type: ignore[return-value]
+
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
+        if not (isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[1], dict)):
+            raise EditError(
+                f"`{spelled(self._path, 'inputs')}` was given {described(value)}; it takes a pair `(args, kwargs)`.",
+                "Write `layer.inputs = ((hidden,), {})`, or `layer.input = hidden` for the first argument alone.",
+            )
+        self._run().replace(self._entering("inputs"), (tuple(value[0]), value[1]), self._path)
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The first tensor of the output, whatever it is wrapped in: `[batch, seq, hidden]` for a transformer block.
+
+        layer.hidden = layer.hidden * 0        # a block may return a tensor (transformers 5) or a tuple (4.57)
+        """
+        found = first_tensor(self._visit(OUTPUT).value)
+        if found is None:
+            raise self._no_tensor()
+        return found
+
+    @hidden.setter
+    def hidden(self, value: Any) -> None:
+        visit = self._visit(OUTPUT)
+        if first_tensor(visit.value) is None:
+            raise self._no_tensor()
+        self._run().replace(visit, with_first_tensor(visit.value, value), self._path)
+
+    def skip(self, value: Any) -> None:
+        """Leave out the module's forward and go on with `value` as its output: `layer.skip(layer.input)`."""
+        self._run().skip(self._entering("skip"), value, self._path)
+
+    def _received(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments at the module's input or, unless changed meanwhile, at its output."""
+        visit = self._visit(INPUT)
+        if not visit.inputs_unchanged():
+            raise ChangedInPlaceError(
+                f"`{spelled(self._path, 'input')}` no longer holds what the module received: it was changed in place, or made "
+                "under inference mode, where torch keeps no record of that.",
+                f"Read `{spelled(self._path, 'input')}` above the line that reads its output.",
+                asked=spelled(self._path, "input"),
+            )
+        return visit.args, visit.kwargs
+
+    def _entering(self, kind: str) -> Visit:
+        """The visit at the module's input, where arguments can be replaced and the forward left out."""
+        visit = self._visit(INPUT)
+        if visit.kind is OUTPUT:
+            asked, paused_at = spelled(self._path, kind), spelled(self._path, OUTPUT)
+            raise OutOfOrderError(
+                f"`{asked}` cannot be set any more: the model is paused at `{paused_at}`.",
+                f"Set `{asked}` above the line that reads `{paused_at}`.",
+                asked=asked,
+                paused_at=paused_at,
+                step=self._run().step,
+            )
+        return visit
+
+    def _first(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments, of which there is at least one."""
+        if not kwargs:
+            raise NotReachedError(
+                f"`{spelled(self._path, 'input')}` does not exist: the module was called without arguments.",
+                f"`{spelled(self._path, 'inputs')}` gives `((), {{}})` there.",
+                asked=spelled(self._path, "input"),
+            )
+        return kwargs
+
+    def _no_tensor(self) -> NotReachedError:
+        return NotReachedError(
+            f"`{spelled(self._path, 'hidden')}` does not exist: the module returned no tensor.",
+            f"`{spelled(self._path, 'output')}` gives what it returned.",
+            asked=spelled(self._path, "hidden"),
+        )

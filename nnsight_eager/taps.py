@@ -1,0 +1,193 @@
+"""Listen before and after a module's forward, and take it away; the only module that changes an `nn.Module`.
+
+    class Doubled(Tap):
+        def __call__(self, /, *args, **kwargs):
+            if current_stack() is not self.stack:
+                return self.pass_through(args, kwargs)
+            return 2 * self.__wrapped__(*args, **kwargs)
+
+    put_in(tap := Doubled(module, current_stack()))
+    take_out([tap])
+
+A tap is a wrapper in `module.__dict__["forward"]`. It acts only for a call on the stack it listens on and passes every
+other call through. `Module.__call__` keeps its fast path, which a forward hook would take away. Several runs may tap one
+module: each has a tap of its own there, one around the other, and any of them may leave first.
+"""
+
+import copy
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from types import FrameType, MethodType
+from typing import Any, Final, TypeVar
+
+import torch
+from torch.nn.modules import module as torch_module
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ABSENT: Final = object()
+# Reentrant, since a collected run takes its taps out, and a collection can start in any line below.
+_lock: Final = threading.RLock()
+global_forward_hooks: Final = torch_module._global_forward_hooks
+
+
+class Tap:
+    """What stands in a module's `forward` while somebody listens on one stack."""
+
+    __slots__ = ("__wrapped__", "_original", "handles", "module", "stack")
+
+    __wrapped__: Callable[..., Any]  # under this name `inspect.signature` finds it: `generate` refuses what it cannot see there
+
+    def __init__(self, module: torch.nn.Module, stack: Any) -> None:
+        self.module = module
+        self.stack = stack
+        self.handles: list[Any] | None = None
+        self._original: Any = ABSENT
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """What a subclass hears with."""
+        return self.pass_through(args, kwargs)
+
+    def pass_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the forward of the module this call is for, unheard; only a tap's `__call__` calls this."""
+        forward = self.__wrapped__
+        if self._original is ABSENT:
+            called = _module_called(sys._getframe(2))
+            # A shallow copy (a `DataParallel` replica) shares this very tap with the module it was copied from.
+            if called is not None and called is not self.module and isinstance(called.__dict__.get("forward"), Tap):
+                forward = MethodType(type(called).forward, called)
+        if self.stack is None:
+            with _lock:
+                self._step_aside()
+        return forward(*args, **kwargs)
+
+    def after_hooks(self, take: Callable[[Any], Any]) -> bool:
+        """Have `take(value)` called behind the module's forward hooks; `False` where this call has none.
+
+        `__call__` reads the list of hooks when the forward has returned, so one that is added now comes last. Only a tap's
+        `__call__` calls this.
+        """
+        if not _called_with_hooks(self.module, sys._getframe(2)):
+            return False
+
+        def last_hook(module: torch.nn.Module, args: Any, value: Any) -> Any:
+            handles.remove(handle)
+            handle.remove()
+            return take(value)
+
+        handle = self.module.register_forward_hook(last_hook)
+        handles = self.handles = self.handles or []
+        handles.append(handle)
+        return True
+
+    def _stand_in_front(self) -> None:
+        """Stand in front of whatever `forward` the module has of its own."""
+        module = self.module
+        original = module.__dict__.get("forward", ABSENT)
+        if isinstance(original, Tap) and original.module is not module:
+            original = ABSENT  # shared with the module this one is a shallow copy of
+        self._original = original
+        self.__wrapped__ = MethodType(type(module).forward, module) if original is ABSENT else original
+        module.__dict__["forward"] = self
+
+    def _step_aside(self) -> None:
+        """Stand in front of nothing any more, unless somebody has wrapped this tap: theirs stays, and this passes through."""
+        self.stack = None
+        for handle in self.handles or ():
+            handle.remove()  # a forward hook of the user's raised before ours
+        own = self.module.__dict__
+        outer = own.get("forward")
+        if outer is self:
+            self._give_back(own)
+        while isinstance(outer, Tap) and outer is not self:
+            if outer._original is self:
+                outer._original, outer.__wrapped__ = self._original, self.__wrapped__
+            outer = outer._original
+        while isinstance(outer := own.get("forward"), Tap) and outer.stack is None:
+            outer._give_back(own)  # one of ours that somebody saved and put back
+
+    def _give_back(self, own: dict[str, Any]) -> None:
+        """Put back exactly what was there before."""
+        if self._original is ABSENT:
+            del own["forward"]
+        else:
+            own["forward"] = self._original
+
+    # What else code looks up on a module's `forward`. Not `__getattr__`: with one, every look-up on a tap is ten times slower.
+    @property
+    def __func__(self) -> Any:
+        return self.__wrapped__.__func__  # type: ignore[attr-defined]
+
+    @property
+    def __self__(self) -> Any:
+        return self.__wrapped__.__self__  # type: ignore[attr-defined]
+
+    @property
+    def __name__(self) -> Any:
+        return self.__wrapped__.__name__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
+        return _silent(copy.deepcopy(self.module, memo), *(copy.deepcopy(each, memo) for each in self._state()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _silent, (self.module, *self._state())
+
+    def _state(self) -> tuple[Any, ...]:
+        """The module's own `forward` below the taps, where it has one."""
+        original = self._original
+        while isinstance(original, Tap):
+            original = original._original
+        return () if original is ABSENT else (original,)
+
+
+# The compiler neither traces into a tap nor compiles it: it breaks its graph there and calls the tap as it is.
+def not_compiled(call: F) -> F:
+    """Mark a tap's `__call__` as code the compiler leaves alone, without importing the compiler."""
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return call
+
+
+def _silent(module: torch.nn.Module, *original: Any) -> Tap:
+    """What the copy of a tapped module gets in its `forward`: it passes one call through, and is gone."""
+    tap = Tap(module, None)
+    tap._original = original[0] if original else ABSENT
+    tap.__wrapped__ = original[0] if original else MethodType(type(module).forward, module)
+    return tap
+
+
+def put_in(tap: Tap) -> None:
+    """Have the tap hear its module's calls."""
+    module = tap.module
+    tap._original = ABSENT
+    tap.__wrapped__ = module.forward
+    # Atomic, so the usual case needs no lock: nobody else has a `forward` there.
+    if module.__dict__.setdefault("forward", tap) is not tap:
+        with _lock:
+            tap._stand_in_front()
+
+
+def take_out(taps: Iterable[Tap]) -> None:
+    """Stop hearing; where nobody else listens, the modules are as they were before."""
+    with _lock:
+        for tap in taps:
+            own = tap.module.__dict__
+            if own.get("forward") is tap and tap._original is ABSENT and not tap.handles:
+                del own["forward"]
+                tap.stack = None
+            else:
+                tap._step_aside()
+
+
+def _called_with_hooks(module: torch.nn.Module, frame: FrameType | None) -> bool:
+    """Whether this forward was called by `module.__call__`, which runs the hooks; a direct `.forward()` does not."""
+    while frame is not None and frame.f_globals is not torch_module.__dict__:
+        frame = frame.f_back
+    return _module_called(frame) is module
+
+
+def _module_called(frame: FrameType | None) -> torch.nn.Module | None:
+    """The module whose `__call__` runs in `frame`; `None` where it is another function's frame."""
+    if frame is None or frame.f_globals is not torch_module.__dict__:
+        return None
+    return frame.f_locals.get("self")

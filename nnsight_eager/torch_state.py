@@ -1,0 +1,241 @@
+"""Save and restore the torch settings that are per thread but belong to a side.
+
+Grad mode, inference mode, autocast, the default device and the function- and dispatch-mode stacks are thread-local, so
+without this what the body sets would reach the model across a switch, and the other way round. `Settings.take()` notes
+what is in force, `in_force()` tells cheaply whether that still holds, and `exchange` switches sides with the other side's
+settings in force and puts one's own back afterwards. Grad mode is set alone, since it alone differs often: `generate` runs
+under `no_grad` and the body does not, so either side puts its own back when it goes on.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import _C
+from torch.overrides import _get_current_function_mode_stack as function_modes
+from torch.overrides import _pop_mode as pop_function_mode
+from torch.overrides import _push_mode as push_function_mode
+from torch.utils import _device as default_device
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
+from torch.utils._python_dispatch import _pop_mode as pop_dispatch_mode
+from torch.utils._python_dispatch import _push_mode as push_dispatch_mode
+
+# The hot path is `in_force`, a dozen C calls. Bound here, each costs a global look-up instead of a chain of attributes.
+grad_enabled: Final = torch.is_grad_enabled
+inference_enabled: Final = torch.is_inference_mode_enabled
+multithreading_enabled: Final = _C._is_multithreading_enabled
+forward_ad_enabled: Final = _C._is_fwd_grad_enabled
+any_autocast: Final = _C._is_any_autocast_enabled
+torch_function_enabled: Final = _C._is_torch_function_enabled
+count_function_modes: Final = _C._len_torch_function_stack
+count_dispatch_modes: Final = _C._len_torch_dispatch_stack
+top_saved_tensor_hooks: Final[Callable[[bool], Any]] = _C._autograd._top_saved_tensors_default_hooks
+set_grad_enabled: Final = _C._set_grad_enabled
+compiler_callback: Final = _C._dynamo.eval_frame.get_eval_frame_callback
+set_compiler_callback: Final = _C._dynamo.eval_frame.set_eval_frame
+
+
+def autocast_devices() -> list[str]:
+    """The device types that autocast can be on for in this process."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ["cpu"] if accelerator is None or accelerator.type == "cpu" else ["cpu", accelerator.type]
+
+
+AUTOCAST_DEVICES: Final = autocast_devices()
+
+
+class Settings:
+    """What torch has set on this thread at one moment, complete enough to be put back."""
+
+    __slots__ = (
+        "autocast", "autocast_cache", "autocast_nesting", "autocasting", "compiler", "cuda", "default_device",
+        "dispatch_mode_count", "dispatch_modes", "forward_ad", "function_mode_count", "function_modes", "grad", "inference",
+        "lift_cpu_only", "modeless", "multithreading", "saved_tensor_hooks", "top_hooks", "torch_function",
+        "torch_function_enabled",
+    )  # fmt: skip
+
+    grad: bool
+    inference: bool
+    multithreading: bool
+    forward_ad: bool
+    top_hooks: Any
+    autocasting: bool
+    autocast: list[tuple[bool, torch.dtype]]
+    autocast_cache: bool
+    autocast_nesting: int
+    modeless: bool
+    function_mode_count: int
+    dispatch_mode_count: int
+    function_modes: list[Any]
+    dispatch_modes: list[Any]
+    saved_tensor_hooks: list[Any]
+    lift_cpu_only: bool
+    default_device: torch.device | None
+    torch_function: Any
+    torch_function_enabled: bool
+    compiler: Any
+    cuda: tuple[int, Any] | None
+
+    @classmethod
+    def take(cls) -> "Settings":
+        """Note everything in force; nothing is changed."""
+        self = cls.__new__(cls)
+        self.grad = grad_enabled()
+        self.inference = inference_enabled()
+        self.multithreading = multithreading_enabled()
+        self.forward_ad = forward_ad_enabled()
+        self.top_hooks = top_saved_tensor_hooks(True)
+        self.autocasting = any_autocast()
+        self.autocast = [(_C.is_autocast_enabled(d), _C.get_autocast_dtype(d)) for d in AUTOCAST_DEVICES]
+        self.autocast_cache = _C.is_autocast_cache_enabled()
+        self.autocast_nesting = _autocast_nesting()
+        self.function_mode_count = count_function_modes()
+        self.dispatch_mode_count = count_dispatch_modes()
+        self.modeless = not (self.function_mode_count or self.dispatch_mode_count)
+        self.function_modes = [] if self.modeless else function_modes()
+        self.dispatch_modes = [] if self.modeless else dispatch_modes()
+        self.saved_tensor_hooks = _saved_tensor_hooks() if self.top_hooks else []
+        self.lift_cpu_only = _C._only_lift_cpu_tensors()
+        self.default_device = default_device.CURRENT_DEVICE
+        self.torch_function = _C._get_torch_function_state()  # type: ignore[attr-defined]
+        self.torch_function_enabled = torch_function_enabled()
+        self.compiler = compiler_callback()
+        self.cuda = _cuda_place() if torch.cuda.is_initialized() else None
+        return self
+
+    @classmethod
+    def same_or_taken(cls, last: "Settings | None") -> "Settings":
+        """`last` where nothing has changed since it was taken, else newly taken."""
+        if (
+            last is not None
+            and last.in_force()
+            and grad_enabled() is last.grad
+            and default_device.CURRENT_DEVICE is last.default_device
+            and last._same_autocast()
+        ):
+            return last
+        return cls.take()
+
+    def in_force(self) -> bool:
+        """Whether this thread's settings are these, grad mode left aside: told by a dozen C calls."""
+        return (
+            inference_enabled() is self.inference
+            and torch_function_enabled() is self.torch_function_enabled
+            and count_function_modes() == self.function_mode_count
+            and count_dispatch_modes() == self.dispatch_mode_count
+            and top_saved_tensor_hooks(True) == self.top_hooks
+            and any_autocast() is self.autocasting
+            and multithreading_enabled() is self.multithreading
+            and forward_ad_enabled() is self.forward_ad
+            and compiler_callback() is self.compiler
+            and (not self.autocasting or self._same_autocast())
+            and (self.modeless or self._same_modes())
+            and (self.cuda is None or self.cuda == _cuda_place())
+        )
+
+    def _same_autocast(self) -> bool:
+        """Whether autocast, which is on, is on in the same way."""
+        return (
+            self.autocast == [(_C.is_autocast_enabled(d), _C.get_autocast_dtype(d)) for d in AUTOCAST_DEVICES]
+            and self.autocast_cache is _C.is_autocast_cache_enabled()
+            and self.autocast_nesting == _autocast_nesting()
+        )
+
+    def _same_modes(self) -> bool:
+        """Whether the very same modes are on both stacks: `meta` and `cpu`, or two fake modes, are equally many."""
+        return [*map(id, function_modes())] == [*map(id, self.function_modes)] and [*map(id, dispatch_modes())] == [
+            *map(id, self.dispatch_modes)
+        ]
+
+    def put(self) -> None:
+        """Put these settings in force, where `clear` has emptied the stacks and the inference mode is right already."""
+        self._put_autocast()
+        _C._set_only_lift_cpu_tensors(self.lift_cpu_only)
+        _C._set_multithreading_enabled(self.multithreading)
+        _C._set_fwd_grad_enabled(self.forward_ad)
+        set_grad_enabled(self.grad)
+        _C._set_torch_function_state(self.torch_function)  # type: ignore[attr-defined]
+        default_device.CURRENT_DEVICE = self.default_device
+        set_compiler_callback(self.compiler)
+        if self.cuda is not None:
+            torch.cuda.set_device(self.cuda[0])
+            torch.cuda.set_stream(self.cuda[1])
+        for pack_and_unpack in self.saved_tensor_hooks:
+            _C._autograd._push_saved_tensors_default_hooks(*pack_and_unpack)
+        for mode in self.dispatch_modes:
+            push_dispatch_mode(mode)
+        for mode in self.function_modes:
+            push_function_mode(mode)
+
+    def _put_autocast(self) -> None:
+        """Put the autocast flags, dtypes and nesting in force; casts cached by the other side are dropped."""
+        nesting = _autocast_nesting()
+        for _ in range(self.autocast_nesting - nesting):
+            _C.autocast_increment_nesting()
+        for _ in range(nesting - self.autocast_nesting):
+            _C.autocast_decrement_nesting()
+        if self.autocasting or any_autocast():
+            _C.clear_autocast_cache()
+        for device, (enabled, dtype) in zip(AUTOCAST_DEVICES, self.autocast, strict=True):
+            _C.set_autocast_enabled(device, enabled)
+            _C.set_autocast_dtype(device, dtype)
+        _C.set_autocast_cache_enabled(self.autocast_cache)
+
+
+def exchange(mine: Settings, theirs: Settings, switch: Callable[[], Any], *, guard: bool) -> Any:
+    """`switch()` with `theirs` in force; `mine` are back when it returns, whatever the other side left.
+
+    Inference mode is a guard that restores the whole dispatch key set when it ends, so it cannot be set and unset like the
+    rest. The side that resumes holds one always (`guard=True`), the side that pauses where the two differ.
+    """
+    clear()
+    inference = _C._InferenceMode(theirs.inference) if guard or mine.inference is not theirs.inference else None
+    if inference is not None:
+        inference.__enter__()
+    try:
+        theirs.put()
+        return switch()
+    finally:
+        clear()
+        if inference is not None:
+            inference.__exit__(None, None, None)
+        mine.put()
+
+
+def reset(mine: Settings) -> None:
+    """Put `mine` back in force where inference mode is theirs already."""
+    clear()
+    mine.put()
+
+
+def clear() -> None:
+    """Pop every mode and saved-tensor hook of this thread, innermost first."""
+    while count_function_modes():
+        pop_function_mode()
+    while count_dispatch_modes():
+        pop_dispatch_mode()
+    while top_saved_tensor_hooks(True) is not None:
+        _C._autograd._pop_saved_tensors_default_hooks()
+
+
+def _saved_tensor_hooks() -> list[Any]:
+    """The saved-tensor hooks, outermost first: only the innermost can be seen, so they are popped and pushed back."""
+    hooks: list[Any] = []
+    while (top := top_saved_tensor_hooks(True)) is not None:
+        hooks.insert(0, top)
+        _C._autograd._pop_saved_tensors_default_hooks()
+    for pack_and_unpack in hooks:
+        _C._autograd._push_saved_tensors_default_hooks(*pack_and_unpack)
+    return hooks
+
+
+def _autocast_nesting() -> int:
+    """How many autocast contexts are open; torch tells only when one more is counted."""
+    nesting = _C.autocast_increment_nesting() - 1
+    _C.autocast_decrement_nesting()
+    return int(nesting)
+
+
+def _cuda_place() -> tuple[int, Any]:
+    """The current CUDA device and stream."""
+    return torch.cuda.current_device(), torch.cuda.current_stream()

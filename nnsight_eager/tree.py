@@ -1,0 +1,194 @@
+"""`Envoy`: a module seen through its points, in a tree that mirrors the model's own names.
+
+layer = model.transformer.h[5]      # an envoy
+layer.mlp.output                    # a point of its child
+layer.ln_1.weight                   # anything else is the module's own
+"""
+
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .current import current
+from .errors import EditError, OutOfOrderError
+from .order import Order
+from .paths import path_in, spelled
+from .points import Points
+from .run import Run
+from .visits import INPUT, OUTPUT, Kind, Visit
+
+
+class Tree:
+    """What all envoys of one model share: its root, what runs have learned of it, and the run it is bound to, if any."""
+
+    __slots__ = ("bound_to", "orders", "root")
+
+    def __init__(self, root: torch.nn.Module, bound_to: Run | None = None, orders: dict[str, Order] | None = None) -> None:
+        self.root = root
+        self.bound_to = bound_to
+        self.orders: dict[str, Order] = {} if orders is None else orders
+
+    def run(self) -> Run:
+        """The run that points of this tree belong to."""
+        return self.bound_to or current(self.root)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy is another model: no run is open in it, and what was learned speaks of other modules.
+        return Tree, (self.root,)
+
+
+class Envoy(Points):
+    """A module seen through its points: `.output`, `.input`, `.inputs`, `.hidden`, `.skip(value)`, `.next()`.
+
+    Children have the model's own names; a child whose name is taken (`output` in BERT) is `layer.output_`, and any child is
+    `layer["output"]`. What is neither is the module's own (`.weight`, `.config`). Looking at an envoy never runs the model.
+    """
+
+    def __init__(self, module: torch.nn.Module, path: str, tree: Tree) -> None:
+        self._module = module
+        self._path = path
+        self._tree = tree
+        self._children: dict[str, Envoy] = {}
+
+    def _run(self) -> Run:
+        return self._tree.run()
+
+    def _visit(self, kind: Kind) -> Visit:
+        # One look into the dictionary: an attribute of a class with `__getattr__` costs ten times a plain one.
+        own = self.__dict__
+        tree = own["_tree"]
+        return (tree.bound_to or current(tree.root)).ask(own["_module"], kind, own["_path"])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the module, in or out of a trace, without touching the run: `model.lm_head(model.transformer.ln_f(hidden))`."""
+        return self._module(*args, **kwargs)
+
+    def next(self) -> "NextEnvoy":
+        """This module's next visit after now, in whatever step: `layer.next().output`.
+
+        For a module that a step visits several times, and for the next token of a generation. The answer stays with that one
+        visit: keep it in a variable to read and then replace.
+        """
+        return NextEnvoy(self._module, self._path, self._tree)
+
+    # The module's own structure
+
+    def _child(self, name: str) -> "Envoy":
+        """The child called `name`; looked up each time, since a model's modules can be exchanged."""
+        module = self._module._modules[name]
+        assert module is not None
+        child = self._children.get(name)
+        if child is None or child._module is not module:
+            child = self._children[name] = type(self)._of(module, f"{self._path}.{name}" if self._path else name, self._tree)
+        return child
+
+    @classmethod
+    def _of(cls, module: torch.nn.Module, path: str, tree: Tree) -> "Envoy":
+        return Envoy(module, path, tree)
+
+    def _has_child(self, name: str) -> bool:
+        return self.__dict__["_module"]._modules.get(name) is not None
+
+    def __getattr__(self, name: str) -> Any:
+        # IPython probes underscored names on everything it shows.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if self._has_child(name):
+            return self._child(name)
+        if name.endswith("_") and self._has_child(name[:-1]):
+            return self._child(name[:-1])
+        try:
+            value = getattr(self._module, name)
+        except AttributeError:
+            raise AttributeError(self._unknown(name)) from None
+        return self._as_envoy(value)
+
+    def _as_envoy(self, value: Any) -> Any:
+        """A module of this tree as its envoy (`model.base_model`), anything else as it is."""
+        if not isinstance(value, torch.nn.Module):
+            return value
+        path = next((path for path, module in self._tree.root.named_modules() if module is value), None)
+        return value if path is None else Envoy(value, path, self._tree)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or hasattr(type(self), name):
+            object.__setattr__(self, name, value)
+        elif isinstance(value, torch.nn.Module) or hasattr(self._module, name):
+            setattr(self._module, name, value)
+        else:
+            raise EditError(self._unknown(name), "The points of a module are `output`, `input`, `inputs`, `hidden`, `skip`.")
+
+    def _unknown(self, name: str) -> str:
+        """What to say of a name that is neither a point nor a child nor an attribute of the module."""
+        near = difflib.get_close_matches(name, dir(self), n=3)
+        hint = f"; did you mean {' or '.join(f'`{each}`' for each in near)}?" if near else "."
+        return f"`{spelled(self._path)}` ({type(self._module).__name__}) has no `{name}`{hint}"
+
+    def __getitem__(self, key: Any) -> Any:
+        """`h[5]`, `h[-1]`, `h[2:5]` (a list), `layer["output"]`, `model["transformer.h.5"]`."""
+        if isinstance(key, str):
+            envoy = self
+            for name in key.split("."):
+                if not envoy._has_child(name):
+                    raise KeyError(envoy._unknown(name))
+                envoy = envoy._child(name)
+            return envoy
+        names = list(self._module._modules)
+        if isinstance(key, slice):
+            return [self._child(name) for name in names[key]]
+        try:
+            return self._child(names[key])
+        except IndexError:
+            raise IndexError(f"`{spelled(self._path)}` has {len(names)} modules; there is no [{key}].") from None
+
+    def __len__(self) -> int:
+        return len(self._module)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        modules = {id(module): name for name, module in self._module._modules.items()}
+        for each in self._module:  # type: ignore[attr-defined]
+            yield self._child(modules[id(each)]) if id(each) in modules else each
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._module._modules
+
+    def __dir__(self) -> list[str]:
+        return sorted(
+            {*super().__dir__(), *dir(self._module), *(f"{name}_" for name in self._module._modules if hasattr(Envoy, name))}
+        )
+
+    def __repr__(self) -> str:
+        return repr(self._module)
+
+
+class NextEnvoy(Envoy):
+    """A module at its next visit after now: what `envoy.next()` gives."""
+
+    def __init__(self, module: torch.nn.Module, path: str, tree: Tree) -> None:
+        super().__init__(module, path, tree)
+        self._met: Visit | None = None
+
+    @classmethod
+    def _of(cls, module: torch.nn.Module, path: str, tree: Tree) -> "Envoy":
+        return NextEnvoy(module, path, tree)
+
+    def _visit(self, kind: Kind) -> Visit:
+        """The next visit the first time, and the same one from then on."""
+        run, met = self._run(), self._met
+        if met is None or (met.kind is INPUT and kind is OUTPUT):
+            self._met = met = run.ask_next(self._module, kind, self._path)
+        elif met is not run.at:
+            asked = f"{spelled(self._path)}.next().{kind}"
+            raise OutOfOrderError(
+                f"The visit that this `{asked}` met is over; the run has moved on.",
+                f"Write `{asked}` once more for the visit after this, or keep the value in a variable.",
+                asked=asked,
+                paused_at=spelled(path_in(run.root, run.at.module), run.at.kind) if run.at else "",
+                step=run.step,
+            )
+        return met
