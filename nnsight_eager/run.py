@@ -54,8 +54,8 @@ class Run:
     """One model call in progress."""
 
     __slots__ = (
-        "__weakref__", "_around", "_clock", "_coroutine", "_failed_with", "_listeners", "_name", "_order", "_orders",
-        "_skipped", "_stack", "_step_over", "at", "edits", "open", "root",
+        "__weakref__", "_around", "_clock", "_coroutine", "_cut_short", "_failed_with", "_listeners", "_name", "_order",
+        "_orders", "_skipped", "_stack", "_step_over", "at", "edits", "open", "root",
     )  # fmt: skip
 
     def __init__(self, root: torch.nn.Module, call: Call, orders: dict[str, Order]) -> None:
@@ -65,7 +65,7 @@ class Run:
         self.open = True
         self.edits: list[Edit] = []
         self._failed_with = ""
-        self._step_over = False
+        self._step_over = self._cut_short = False
         self._skipped: list[torch.nn.Module] = []
         self._name, self._orders = call.name, orders
         known = orders.get(call.name)
@@ -200,7 +200,7 @@ class Run:
                 f"This run has ended: its forward pass raised `{self._failed_with}`.",
                 "Open a new trace to run the model again.",
             )
-        if not self.open and not self.finished:
+        if self._cut_short:
             raise RunEndedError(
                 "This run was closed before its end, so it has no result.", "Open a new trace to run the model."
             )
@@ -214,6 +214,7 @@ class Run:
         if not self.open:
             return
         self.open, self.at = False, None
+        self._cut_short = not self.finished
         take_out(self._listeners.values())
         self._listeners.clear()
         self._coroutine.close()

@@ -35,14 +35,14 @@ global_forward_hooks: Final = torch_module._global_forward_hooks
 class Tap:
     """What stands in a module's `forward` while somebody listens on one stack."""
 
-    __slots__ = ("__wrapped__", "_original", "handles", "module", "stack")
+    __slots__ = ("__wrapped__", "_original", "module", "pending", "stack")
 
     __wrapped__: Callable[..., Any]  # under this name `inspect.signature` finds it: `generate` refuses what it cannot see there
 
     def __init__(self, module: torch.nn.Module, stack: Any) -> None:
         self.module = module
         self.stack = stack
-        self.handles: list[Any] | None = None
+        self.pending: list[Callable[[], None]] | None = None
         self._original: Any = ABSENT
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -65,20 +65,31 @@ class Tap:
     def after_hooks(self, take: Callable[[Any], Any]) -> bool:
         """Have `take(value)` called behind the module's forward hooks; `False` where this call has none.
 
-        `__call__` reads the list of hooks when the forward has returned, so one that is added now comes last. Only a tap's
-        `__call__` calls this.
+        `__call__` reads the list of hooks when the forward has returned, so one that is added now still runs. It comes last,
+        but before hooks that only record: those are to see an edit. Only a tap's `__call__` calls this.
         """
         if not _called_with_hooks(self.module, sys._getframe(2)):
             return False
+        hooks = self.module._forward_hooks
+        order = list(hooks)
 
         def last_hook(module: torch.nn.Module, args: Any, value: Any) -> Any:
-            handles.remove(handle)
-            handle.remove()
+            pending.remove(put_back)
+            put_back()
             return take(value)
 
+        def put_back() -> None:
+            handle.remove()
+            for key in order:
+                if key in hooks:
+                    hooks[key] = hooks.pop(key)
+
         handle = self.module.register_forward_hook(last_hook)
-        handles = self.handles = self.handles or []
-        handles.append(handle)
+        for key in order:
+            if _only_records(hooks[key]):
+                hooks[key] = hooks.pop(key)
+        pending = self.pending = self.pending or []
+        pending.append(put_back)
         return True
 
     def _stand_in_front(self) -> None:
@@ -94,8 +105,8 @@ class Tap:
     def _step_aside(self) -> None:
         """Stand in front of nothing any more, unless somebody has wrapped this tap: theirs stays, and this passes through."""
         self.stack = None
-        for handle in self.handles or ():
-            handle.remove()  # a forward hook of the user's raised before ours
+        for put_back in self.pending or ():
+            put_back()  # a forward hook of the user's has raised before ours
         own = self.module.__dict__
         outer = own.get("forward")
         if outer is self:
@@ -172,7 +183,7 @@ def take_out(taps: Iterable[Tap]) -> None:
     with _lock:
         for tap in taps:
             own = tap.module.__dict__
-            if own.get("forward") is tap and tap._original is ABSENT and not tap.handles:
+            if own.get("forward") is tap and tap._original is ABSENT and not tap.pending:
                 del own["forward"]
                 tap.stack = None
             else:
@@ -184,6 +195,11 @@ def _called_with_hooks(module: torch.nn.Module, frame: FrameType | None) -> bool
     while frame is not None and frame.f_globals is not torch_module.__dict__:
         frame = frame.f_back
     return _module_called(frame) is module
+
+
+def _only_records(hook: Any) -> bool:
+    """Whether a forward hook is transformers' output recorder, left behind by the first call that asks for outputs."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.utils.")
 
 
 def _module_called(frame: FrameType | None) -> torch.nn.Module | None:

@@ -73,6 +73,16 @@ class Envoy(Points):
         """
         return NextEnvoy(self._module, self._path, self._tree)
 
+    def _point_at(self, module: torch.nn.Module) -> None:
+        """Stand for `module` from now on, and let every envoy below stand for the module of its own path in it."""
+        self._module = module
+        if not self._path:
+            self._tree.root = module
+            self._tree.orders.clear()
+        for name, child in self._children.items():
+            if name in module._modules:
+                child._point_at(module._modules[name])  # type: ignore[arg-type]
+
     # The module's own structure
 
     def _child(self, name: str) -> "Envoy":

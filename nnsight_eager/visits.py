@@ -67,7 +67,7 @@ class Listener(Tap):
     def __init__(self, module: torch.nn.Module, stack: Any, coroutine: Coroutine, clock: Clock) -> None:
         self.module = module
         self.stack = stack
-        self.handles = None
+        self.pending = None
         self.coroutine = coroutine
         self.clock = clock
         self.step = self.visits = 0  # how many visits in which step

@@ -27,6 +27,12 @@ MAY_IMPORT = {
     "steps": {"errors", "run"},
     "trace": {"compat", "current", "errors", "paths", "run", "steps", "tree"},
     "model": {"errors", "run", "trace", "tree"},
+    "inputs": {"errors"},
+    "loading": {"errors"},
+    "language": {"errors", "inputs", "loading", "model", "run", "trace", "tree"},
+    "lens": {"errors", "language", "tree"},
+    "demo": {"errors"},
+    "__main__": {"demo", "errors", "language", "lens"},
 }
 
 

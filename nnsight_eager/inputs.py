@@ -1,0 +1,205 @@
+"""What a user passes to a language model, as keywords the model can be called with.
+
+    Inputs(tokenizer, side="left", pad=0).prepare("The Eiffel Tower")
+    # {"input_ids": [1, 4], "attention_mask": [1, 4]}
+
+Text, lists of text, chat messages, ids in any nesting, tensors and encodings all become rows of equal length. Shorter rows are
+padded on the side the model wants, with a mask that says so.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from .errors import EmptyInputError, InputError, MaskError, PaddingError, TokenizerMissingError
+
+Side = Literal["left", "right"]
+Row = list[int]
+
+CONTENT = ("input_ids", "inputs_embeds")
+# What else a tokenizer gives for each token, and what stands for it in a padded place.
+FILLS = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1}
+
+
+class Inputs(NamedTuple):
+    """How one model wants its inputs: the tokenizer, if any, the side to pad on, and the id to pad with, if any."""
+
+    tokenizer: Any
+    side: Side
+    pad: int | None
+
+    def prepare(self, given: tuple[Any, ...], keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """The keywords for the call, from at most one positional input and the keywords beside it."""
+        if len(given) > 1:
+            raise InputError(
+                f"The model was given {len(given)} inputs; it takes one.",
+                'Pass several prompts as a list: `model.trace(["one", "two"])`.',
+            )
+        if given and any(keywords.get(name) is not None for name in CONTENT):
+            raise InputError(
+                "The model was given an input and `input_ids=` or `inputs_embeds=` as well; it takes one of them.",
+                "Pass the prompt alone, or the keyword alone.",
+            )
+        prepared = {**(self.encode(given[0]) if given else {}), **keywords}
+        if isinstance(prepared.get("input_ids"), (list, tuple)):
+            prepared |= self.rows(prepared["input_ids"], keep_mask=prepared.get("attention_mask") is not None)
+        if isinstance(prepared.get("attention_mask"), (list, tuple)):
+            prepared["attention_mask"] = self._padded(_rows(prepared["attention_mask"]), 0)
+        check(prepared)
+        return prepared
+
+    def encode(self, given: Any) -> dict[str, Any]:
+        """The input's tensors, by the keyword of the model they belong to."""
+        if given is None:
+            raise EmptyInputError("The model was given `None` to run on.", 'Pass a prompt: `model.trace("The Eiffel Tower")`.')
+        if isinstance(given, str):
+            return self.text([given])
+        if isinstance(given, torch.Tensor):
+            return self.ids(given)
+        if isinstance(given, Mapping):
+            return self.chats([[given]]) if is_message(given) else self.encoding(given)
+        if not isinstance(given, Sequence):
+            raise _not_an_input(given)
+        if not given:
+            raise _empty("[]")
+        first = given[0]
+        if isinstance(first, str):
+            return self.text(list(given))
+        if is_message(first):
+            return self.chats([list(given)])
+        if isinstance(first, Sequence) and first and is_message(first[0]):
+            return self.chats([list(chat) for chat in given])
+        if isinstance(first, (int, torch.Tensor, Sequence)) and not isinstance(first, bool):
+            return self.rows(given)
+        raise _not_an_input(given)
+
+    def text(self, texts: list[Any]) -> dict[str, Any]:
+        """Tokenized text."""
+        strange = next((text for text in texts if not isinstance(text, str)), None)
+        if strange is not None:
+            raise _not_an_input(strange)
+        encoded = self._tokenizer("text")(texts)
+        empty = next((text for text, row in zip(texts, encoded["input_ids"], strict=True) if not len(row)), None)
+        if empty is not None:
+            raise _empty(repr(empty))
+        return self.encoding(encoded)
+
+    def chats(self, chats: list[list[Any]]) -> dict[str, Any]:
+        """Chat messages through the tokenizer's chat template; a chat that ends with the assistant is gone on with."""
+        tokenizer = self._tokenizer("chat messages")
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(
+                "The model was given chat messages, and its tokenizer has no chat template.",
+                "Pass the text of the conversation as one string, or set `model.tokenizer.chat_template`.",
+            )
+        encoded = [
+            tokenizer.apply_chat_template(
+                chat,
+                tokenize=True,
+                return_dict=True,
+                add_generation_prompt=chat[-1]["role"] != "assistant",
+                continue_final_message=chat[-1]["role"] == "assistant",
+            )
+            for chat in chats
+        ]
+        return self.encoding({name: [each[name] for each in encoded] for name in encoded[0]})
+
+    def encoding(self, encoded: Mapping[str, Any]) -> dict[str, Any]:
+        """An encoding or a dict of keywords; lists in it become padded tensors."""
+        found = {name: value for name, value in encoded.items() if value is not None}
+        ids = found.get("input_ids")
+        if ids is None or isinstance(ids, torch.Tensor):
+            return found
+        rows = _rows(ids)
+        padded = self.rows(rows, keep_mask="attention_mask" in found)
+        for name in found.keys() - {"input_ids"}:
+            value = found[name]
+            per_token = isinstance(value, list) and [len(row) for row in _rows(value)] == [len(row) for row in rows]
+            padded[name] = self._padded(_rows(value), FILLS.get(name, 0)) if per_token else value
+        return padded
+
+    def ids(self, ids: torch.Tensor) -> dict[str, Any]:
+        """Token ids as a tensor `[seq]` or `[batch, seq]`; floating point is taken for embeddings `[batch, seq, hidden]`."""
+        if ids.is_floating_point():
+            return {"inputs_embeds": ids if ids.dim() == 3 else ids.unsqueeze(0)}
+        return {"input_ids": ids if ids.dim() > 1 else ids.reshape(1, -1)}
+
+    def rows(self, given: Any, *, keep_mask: bool = False) -> dict[str, Any]:
+        """Token ids as nested lists, padded; with a mask, unless one was given."""
+        rows = _rows(given)
+        if not rows or not all(rows):
+            raise _empty(repr(given))
+        padded = {"input_ids": self._padded(rows, self.pad)}
+        if not keep_mask:
+            padded["attention_mask"] = self._padded([[1] * len(row) for row in rows], 0)
+        return padded
+
+    def _padded(self, rows: list[Row], fill: int | None) -> torch.Tensor:
+        """Rows as one tensor `[batch, seq]`."""
+        length = max(map(len, rows))
+        if fill is None and any(len(row) != length for row in rows):
+            raise PaddingError(
+                f"The inputs have {min(map(len, rows))} to {length} tokens, and there is no token to pad with.",
+                "Set `model.tokenizer.pad_token`, or pass inputs of one length.",
+            )
+        gaps = [[fill or 0] * (length - len(row)) for row in rows]
+        return torch.tensor([gap + row if self.side == "left" else row + gap for gap, row in zip(gaps, rows, strict=True)])
+
+    def _tokenizer(self, what: str) -> Any:
+        if self.tokenizer is None:
+            raise TokenizerMissingError(
+                f"The model was given {what}, and it has no tokenizer.",
+                "Pass token ids, or give the tokenizer: `LanguageModel(module, tokenizer=tokenizer)`.",
+            )
+        return self.tokenizer
+
+
+def check(prepared: Mapping[str, Any]) -> None:
+    """Refuse an empty input and a mask that does not fit, before the model runs."""
+    content = next((prepared[name] for name in CONTENT if prepared.get(name) is not None), None)
+    if not isinstance(content, torch.Tensor):
+        return
+    if not content.numel():
+        raise _empty(f"a tensor of shape {list(content.shape)}")
+    mask = prepared.get("attention_mask")
+    has_past = prepared.get("past_key_values") is not None
+    if isinstance(mask, torch.Tensor) and not has_past and mask.dim() <= 2 and mask.shape != content.shape[:2]:
+        raise MaskError(
+            f"`attention_mask` has shape {list(mask.shape)}; the input is {list(content.shape[:2])} ([batch, seq]).",
+            "Give one mask value for each token, 1 to attend to it and 0 for padding.",
+        )
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids `[batch, seq]` under which a left-padded row counts from its first real token."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def is_message(value: Any) -> bool:
+    """Whether `value` is one message of a chat."""
+    return isinstance(value, Mapping) and "role" in value
+
+
+def _rows(given: Any) -> list[Row]:
+    """Nested lists, tuples or tensors of ids as a list of rows."""
+    rows = list(given)
+    if rows and all(isinstance(each, int) or (isinstance(each, torch.Tensor) and not each.dim()) for each in rows):
+        rows = [rows]
+    try:
+        return [[int(token) for token in row] for row in rows]
+    except (TypeError, ValueError):
+        raise _not_an_input(given) from None
+
+
+def _empty(what: str) -> EmptyInputError:
+    return EmptyInputError(
+        f"The input has no tokens: {what}.", "Pass at least one token; a beginning-of-sequence token will do."
+    )
+
+
+def _not_an_input(given: Any) -> InputError:
+    return InputError(
+        f"The model was given `{type(given).__name__}`, which is not an input it knows.",
+        "Pass text, a list of texts, token ids, a tensor, a dict or chat messages.",
+    )

@@ -1,0 +1,187 @@
+"""`LanguageModel`: load, tokenize, pad, generate.
+
+model = LanguageModel("openai-community/gpt2", device_map="auto")
+with model.generate("The Eiffel Tower is in the city of", max_new_tokens=3) as tracer:
+    for step in tracer.iter[:]:
+        print(model.lm_head.output[0, -1].argmax())
+model.tokenizer.decode(tracer.result[0])
+"""
+
+import inspect
+from collections.abc import Callable
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+
+from .errors import InputError
+from .inputs import CONTENT, Inputs, Side, positions
+from .loading import Source, source, tokenizer_for
+from .model import NNsight
+from .run import Call
+from .trace import Trace
+from .tree import Tree
+
+
+class Generator:
+    """The generation as a whole: `model.generator.output` is what it returns, ids `[batch, seq]`."""
+
+    __slots__ = ("_tree",)
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+
+    @property
+    def output(self) -> torch.Tensor:
+        """The generated ids; the rest of the generation runs first."""
+        return self._tree.run().result  # type: ignore[no-any-return]
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._tree.run().result = value
+
+    def __repr__(self) -> str:
+        return "model.generator: its `output` is what `model.generate(...)` returns"
+
+
+class LanguageModel(NNsight):
+    """A transformers language model: `trace` runs one forward pass on a prompt, `generate` a generation."""
+
+    tokenizer: Any = None
+    """The tokenizer, or `None`, which only matters when text is passed."""
+
+    def __init__(
+        self,
+        name_or_path_or_module: str | PathLike[str] | torch.nn.Module,
+        tokenizer: Any = None,
+        device_map: Any = None,
+        dtype: Any = None,
+        dispatch: bool = False,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **from_pretrained: Any,
+    ) -> None:
+        """Wrap a loaded module, or a model by its name or folder, whose weights are loaded at the first run.
+
+            model = LanguageModel("openai-community/gpt2")
+            model = LanguageModel(hf_model, tokenizer=hf_tokenizer)
+
+        `dispatch=True` loads the weights at once. What else is given goes to `from_pretrained`. Raises `LoadError` where there
+        is no such model.
+        """
+        named = {"device_map": device_map, "dtype": dtype, "attn_implementation": attn_implementation, "revision": revision}
+        options = {name: value for name, value in named.items() if value is not None} | from_pretrained
+        if trust_remote_code:
+            options["trust_remote_code"] = True
+        self._source: Source | None = None
+        if isinstance(name_or_path_or_module, (str, PathLike)):
+            name = fspath(name_or_path_or_module)
+            self._source = source(name, options)
+            tokenizer = name if tokenizer is None else tokenizer
+            super().__init__(self._source.skeleton())
+        else:
+            super().__init__(name_or_path_or_module)
+        self.tokenizer = tokenizer_for(tokenizer, options) if isinstance(tokenizer, str) else tokenizer
+        if dispatch:
+            self.dispatch()
+
+    @property
+    def generator(self) -> Generator:
+        """The generation as a whole: `model.generator.output` is what it returns."""
+        return Generator(self._tree)
+
+    def dispatch(self) -> "LanguageModel":
+        """Load the weights, if that has not been done, and give the model."""
+        if self._source is not None:
+            self._point_at(self._source.load())
+            self._source = None
+        return self
+
+    def trace(self, *inputs: Any, fn: str | Callable[..., Any] | None = None, **keywords: Any) -> Trace:
+        """Run one forward pass with its insides open.
+
+            with model.trace("The Eiffel Tower is in the city of"):
+                hidden = model.transformer.h[5].output        # [batch, seq, hidden]
+                logits = model.lm_head.output                 # [batch, seq, vocabulary]
+
+        The input is text, a list of texts, ids (a list, nested lists, a tensor), an encoding or dict, chat messages, or one of
+        the keywords `input_ids=`, `inputs_embeds=`; other keywords go to the call. Shorter rows are padded, left for a causal
+        model, with their positions counted from the first real token. With `fn`, what is given goes to that method as it is.
+        """
+        self.dispatch()
+        if fn is not None:
+            return super().trace(*inputs, fn=fn, **keywords)
+        return Trace(self._tree, Call("forward", self._module, (), self._positioned(self._prepared(inputs, keywords))))
+
+    def generate(self, *inputs: Any, **keywords: Any) -> Trace:
+        """Generate with the insides of every step open; `generate(...).result` simply generates, ids `[batch, seq]`.
+
+            with model.generate("The Eiffel Tower is in the city of", max_new_tokens=10) as tracer:
+                for step in tracer.iter[:]:
+                    model.transformer.h[5].output *= 0.9
+            model.tokenizer.decode(tracer.result[0])
+
+        Inputs are those of `trace`; keywords go to transformers' `generate`.
+        """
+        self.dispatch()
+        if not self._generates:
+            name = type(self._module).__name__
+            raise InputError(f"`{name}` does not generate.", "Use `model.trace(...)`, or load a model with a language head.")
+        prepared = self._prepared(inputs, keywords)
+        configured = getattr(getattr(self._module, "generation_config", None), "pad_token_id", None)
+        if configured is None and "generation_config" not in prepared and self._pad is not None:
+            prepared.setdefault("pad_token_id", self._pad)  # transformers would take the same id, with a warning
+        return Trace(self._tree, Call("generate", self._module.generate, (), prepared))  # type: ignore[arg-type]
+
+    @property
+    def _side(self) -> Side:
+        """Causal models are padded on the left, so that the last token is the last column; encoders on the right."""
+        return "left" if self._generates and not self._encodes else "right"
+
+    @property
+    def _generates(self) -> bool:
+        can_generate = getattr(self._module, "can_generate", None)
+        return can_generate is not None and bool(can_generate())
+
+    @property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self._module.forward).parameters
+
+    @property
+    def _encodes(self) -> bool:
+        return bool(getattr(getattr(self._module, "config", None), "is_encoder_decoder", False))
+
+    @property
+    def _pad(self) -> int | None:
+        """The id to pad with: any will do, since the mask hides it."""
+        for name in ("pad_token_id", "eos_token_id"):
+            found = getattr(self.tokenizer, name, None)
+            if isinstance(found, int):
+                return found
+        return None
+
+    def _prepared(self, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+        """The keywords of the call, on the model's device."""
+        if not inputs and not keywords:
+            raise InputError(
+                "The trace has no input.", 'Pass a prompt, as in `model.trace("The Eiffel Tower")`, or `input_ids=`.'
+            )
+        prepared = Inputs(self.tokenizer, self._side, self._pad).prepare(inputs, keywords)
+        device = getattr(self._module, "device", None)
+        if not isinstance(device, torch.device) or device.type == "meta":  # offloaded: accelerate moves what it is given
+            return prepared
+        return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in prepared.items()}
+
+    def _positioned(self, prepared: dict[str, Any]) -> dict[str, Any]:
+        """What a forward pass needs beside its input: the positions of a left-padded batch, a first decoder token."""
+        mask, config = prepared.get("attention_mask"), getattr(self._module, "config", None)
+        content = next((prepared[name] for name in CONTENT if prepared.get(name) is not None), None)
+        counts = self._side == "left" and prepared.get("past_key_values") is None and self._takes_positions
+        if counts and isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all()):
+            prepared.setdefault("position_ids", positions(mask))
+        given = any(prepared.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+        start = getattr(config, "decoder_start_token_id", None)
+        if self._encodes and not given and content is not None and start is not None:
+            prepared["decoder_input_ids"] = torch.full((len(content), 1), start, device=content.device)
+        return prepared
