@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,7 +42,7 @@ def folder() -> Path:
 
     Raises `LoadError` where it is not cached and cannot be fetched.
     """
-    path = cache() / NAME
+    path = cache() / f"{NAME}-transformers{version('transformers').split('.')[0]}"  # 4 cannot read what 5 saves
     if (path / "config.json").exists():
         return path
     try:

@@ -1,13 +1,13 @@
 """What a user passes to a language model, as keywords the model can be called with.
 
-    Inputs(tokenizer, side="left", pad=0).prepare("The Eiffel Tower")
+    Inputs(tokenizer, side="left", pad=0, takes={"input_ids", "attention_mask"}).prepare(("The Eiffel Tower",), {})
     # {"input_ids": [1, 4], "attention_mask": [1, 4]}
 
 Text, lists of text, chat messages, ids in any nesting, tensors and encodings all become rows of equal length. Shorter rows are
 padded on the side the model wants, with a mask that says so.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,11 +23,12 @@ FILLS = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1}
 
 
 class Inputs(NamedTuple):
-    """How one model wants its inputs: the tokenizer, if any, the side to pad on, and the id to pad with, if any."""
+    """How one model wants its inputs: the tokenizer, if any, the side to pad on, the id to pad with, the keywords it takes."""
 
     tokenizer: Any
     side: Side
     pad: int | None
+    takes: Container[str]
 
     def prepare(self, given: tuple[Any, ...], keywords: Mapping[str, Any]) -> dict[str, Any]:
         """The keywords for the call, from at most one positional input and the keywords beside it."""
@@ -83,7 +84,7 @@ class Inputs(NamedTuple):
         empty = next((text for text, row in zip(texts, encoded["input_ids"], strict=True) if not len(row)), None)
         if empty is not None:
             raise _empty(repr(empty))
-        return self.encoding(encoded)
+        return self.encoding(self._taken(encoded))
 
     def chats(self, chats: list[list[Any]]) -> dict[str, Any]:
         """Chat messages through the tokenizer's chat template; a chat that ends with the assistant is gone on with."""
@@ -103,7 +104,7 @@ class Inputs(NamedTuple):
             )
             for chat in chats
         ]
-        return self.encoding({name: [each[name] for each in encoded] for name in encoded[0]})
+        return self.encoding(self._taken({name: [each[name] for each in encoded] for name in encoded[0]}))
 
     def encoding(self, encoded: Mapping[str, Any]) -> dict[str, Any]:
         """An encoding or a dict of keywords; lists in it become padded tensors."""
@@ -134,6 +135,10 @@ class Inputs(NamedTuple):
         if not keep_mask:
             padded["attention_mask"] = self._padded([[1] * len(row) for row in rows], 0)
         return padded
+
+    def _taken(self, encoded: Mapping[str, Any]) -> dict[str, Any]:
+        """Of what the tokenizer gives, what the model takes: many give token types to models that know none."""
+        return {name: value for name, value in encoded.items() if name in self.takes}
 
     def _padded(self, rows: list[Row], fill: int | None) -> torch.Tensor:
         """Rows as one tensor `[batch, seq]`."""

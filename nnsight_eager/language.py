@@ -145,8 +145,9 @@ class LanguageModel(NNsight):
         return can_generate is not None and bool(can_generate())
 
     @property
-    def _takes_positions(self) -> bool:
-        return "position_ids" in inspect.signature(self._module.forward).parameters
+    def _takes(self) -> frozenset[str]:
+        """The keywords of the model's forward."""
+        return frozenset(inspect.signature(self._module.forward).parameters)
 
     @property
     def _encodes(self) -> bool:
@@ -167,7 +168,7 @@ class LanguageModel(NNsight):
             raise InputError(
                 "The trace has no input.", 'Pass a prompt, as in `model.trace("The Eiffel Tower")`, or `input_ids=`.'
             )
-        prepared = Inputs(self.tokenizer, self._side, self._pad).prepare(inputs, keywords)
+        prepared = Inputs(self.tokenizer, self._side, self._pad, self._takes).prepare(inputs, keywords)
         device = getattr(self._module, "device", None)
         if not isinstance(device, torch.device) or device.type == "meta":  # offloaded: accelerate moves what it is given
             return prepared
@@ -177,7 +178,7 @@ class LanguageModel(NNsight):
         """What a forward pass needs beside its input: the positions of a left-padded batch, a first decoder token."""
         mask, config = prepared.get("attention_mask"), getattr(self._module, "config", None)
         content = next((prepared[name] for name in CONTENT if prepared.get(name) is not None), None)
-        counts = self._side == "left" and prepared.get("past_key_values") is None and self._takes_positions
+        counts = self._side == "left" and "position_ids" in self._takes and prepared.get("past_key_values") is None
         if counts and isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all()):
             prepared.setdefault("position_ids", positions(mask))
         given = any(prepared.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))

@@ -8,6 +8,7 @@ import torch
 
 import nnsight_eager
 from nnsight_eager import LanguageModel
+from nnsight_eager.nested import first_tensor, with_first_tensor
 
 PROMPT = "The Eiffel Tower is in the city of"
 
@@ -21,7 +22,7 @@ def test_a_folder_gives_the_tree_at_once_and_the_weights_at_the_first_run(folder
     layer = model.transformer.h[1]
     assert layer.mlp.c_fc.weight.is_meta
     with model.trace(PROMPT):
-        hidden = layer.output
+        hidden = layer.hidden
     assert not hidden.is_meta
     assert layer is model.transformer.h[1]
     assert not layer.mlp.c_fc.weight.is_meta
@@ -75,7 +76,7 @@ def test_device_maps_and_offloaded_modules_read_and_edit_as_usual(folder, tmp_pa
     before = own_keys(model._module)
     seen = []
     handle = plain.transformer.h[2].mlp.c_fc.register_forward_hook(lambda m, args, out: seen.append(args[0]))
-    zero = plain.transformer.h[1].register_forward_hook(lambda m, args, out: torch.zeros_like(out))
+    zero = plain.transformer.h[1].register_forward_hook(lambda m, args, out: with_first_tensor(out, first_tensor(out) * 0))
     try:
         want = plain(**encoded).logits
     finally:
@@ -181,7 +182,12 @@ def test_gradients_flow_through_a_trace(gpt2):
         loss = gpt2.lm_head.output[0, -1].logsumexp(-1)
     loss.backward()
     kept = []
-    handle = gpt2._module.transformer.h[1].register_forward_hook(lambda m, a, out: (out.retain_grad(), kept.append(out))[0])
+
+    def keep(layer, args, out):
+        kept.append(first_tensor(out))
+        kept[0].retain_grad()
+
+    handle = gpt2._module.transformer.h[1].register_forward_hook(keep)
     gpt2._module(**gpt2.tokenizer(PROMPT, return_tensors="pt")).logits[0, -1].logsumexp(-1).backward()
     handle.remove()
     assert torch.allclose(hidden.grad, kept[0].grad, atol=1e-7)
