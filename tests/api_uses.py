@@ -1,0 +1,51 @@
+"""Uses of the public interface, checked by mypy and never run."""
+
+from typing import Any
+
+import torch
+
+from nnsight_eager import Envoy, LanguageModel, NNsight, OutOfOrderError, Trace, save, shapes
+
+
+def read_and_edit(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    model = NNsight(module)
+    with model.trace(x, fn="encode") as tracer:
+        layer: Envoy = model.layers[0]
+        hidden: torch.Tensor = layer.output
+        layer.output = hidden * 2
+        layer.hidden = layer.hidden + 1
+        layer.input = layer.input.clone()
+        layer.inputs = ((hidden,), {})
+        layer.skip(hidden)
+        further: torch.Tensor = layer.next().output
+        tracer.next()
+    result: Any = tracer.result
+    assert isinstance(result, torch.Tensor)
+    return save(further)
+
+
+def generate(prompt: str | list[str] | list[int]) -> list[int]:
+    model = LanguageModel("openai-community/gpt2", device_map="auto", dtype=torch.bfloat16, dispatch=True)
+    steps: list[int] = []
+    with model.generate(prompt, max_new_tokens=3) as tracer:
+        for step in tracer.iter[0:3:2]:
+            steps.append(step)
+        for step in tracer.all():
+            steps.append(step)
+        output: torch.Tensor = model.generator.output
+        print(shapes(output))
+        tracer.stop()
+    return steps
+
+
+def side_by_side(model: LanguageModel) -> None:
+    with model.trace("a") as one, model.trace("b") as two:
+        two.model.transformer.h[0].output = one.model.transformer.h[0].output
+
+
+def facts(error: OutOfOrderError) -> tuple[str, str, int]:
+    return error.asked, error.paused_at, error.step
+
+
+def held(trace: Trace) -> Envoy:
+    return trace.model

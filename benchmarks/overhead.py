@@ -1,0 +1,182 @@
+"""What does looking cost? Added time of a trace over the bare model, beside plain forward hooks and nnsight.
+
+python benchmarks/overhead.py [--rounds N]
+
+Every round runs each way once, one after another, so that a slow moment of the machine hits all of them; the table gives
+medians. `of bare` is the ratio of totals, `of hooks` the ratio of added times. nnsight takes part where it is installed
+(`pip install nnsight==0.8.1`).
+"""
+
+import argparse
+import contextlib
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import transformers
+
+from nnsight_eager import LanguageModel, NNsight
+
+LAYERS = 12
+TOKENS = 20
+Ways = dict[str, Callable[[], object]]
+
+try:
+    import nnsight
+except ImportError:
+    nnsight = None
+
+
+def median_times(ways: Ways, rounds: int) -> dict[str, float]:
+    """The median time of each way, in microseconds, over interleaved rounds."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) * 1e6 for name, each in times.items()}
+
+
+def with_hooks(layers: list[torch.nn.Module], run: Callable[[], object]) -> list[object]:
+    """What plain forward hooks see of the layers while `run` runs; registered before, removed after."""
+    seen: list[object] = []
+    handles = [layer.register_forward_hook(lambda module, args, output: seen.append(output)) for layer in layers]
+    run()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def forward_ways(module: torch.nn.Module, path: str, **inputs: object) -> Ways:
+    """The ways to read every layer's output in one forward pass."""
+    args = (inputs.pop("x"),) if "x" in inputs else ()
+    layers = list(module.get_submodule(path))
+    twin = NNsight(module)
+    envoys = list(twin[path] if path else twin)
+
+    def bare() -> object:
+        return module(*args, **inputs)
+
+    def empty() -> None:
+        with twin.trace(*args, **inputs):
+            pass
+
+    def ours() -> list[object]:
+        with twin.trace(*args, **inputs):
+            return [envoy.output for envoy in envoys]
+
+    ways: Ways = {
+        "bare forward": bare,
+        "wrapped, idle": bare,
+        "empty trace": empty,
+        "plain hooks": lambda: with_hooks(layers, bare),
+        "nnsight_eager": ours,
+    }
+    if nnsight is not None:
+        peer = nnsight.NNsight(module)
+        peers = list(peer.get(path) if path else peer)
+
+        def peer_empty() -> None:
+            with peer.trace(*args, **inputs):
+                pass
+
+        def peer_reads() -> None:
+            with peer.trace(*args, **inputs):
+                for envoy in peers:
+                    envoy.output.save()
+
+        ways |= {"nnsight, empty trace": peer_empty, "nnsight": peer_reads}
+    return ways
+
+
+def generation_ways(module: torch.nn.Module) -> Ways:
+    """The ways to read every layer's output at every step of a generation."""
+    ids = torch.arange(10)[None]
+    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+    twin = LanguageModel(module)
+    envoys = list(twin.transformer.h)
+
+    def bare() -> object:
+        return module.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    def ours() -> list[object]:
+        with twin.generate(ids, attention_mask=torch.ones_like(ids), **options) as tracer:
+            return [envoy.output for _ in tracer.iter[:] for envoy in envoys]
+
+    ways: Ways = {
+        "bare generation": bare,
+        "plain hooks": lambda: with_hooks(list(module.transformer.h), bare),
+        "nnsight_eager": ours,
+    }
+    if nnsight is not None:
+        peer = nnsight.NNsight(module)
+        peers = list(peer.transformer.h)
+
+        def peer_reads() -> None:
+            with peer.generate(ids, attention_mask=torch.ones_like(ids), **options) as tracer:
+                for _ in tracer.iter[:TOKENS]:
+                    for envoy in peers:
+                        envoy.output.save()
+
+        with contextlib.suppress(Exception):  # its generation does not run everywhere
+            peer_reads()
+            ways["nnsight"] = peer_reads
+    return ways
+
+
+def print_table(title: str, ways: Ways, rounds: int) -> None:
+    """One markdown table."""
+    times = median_times(ways, rounds)
+    bare, *_ = times.values()
+    hooks = times["plain hooks"] - bare
+    print(f"\n{title}, {rounds} rounds\n")
+    print("| way | median | of bare | added | of hooks |")
+    print("|---|---:|---:|---:|---:|")
+    for name, each in times.items():
+        added = each - bare
+        ratio = f"{added / hooks:.2f}" if name not in ("wrapped, idle",) and added else "" if added else "0"
+        print(f"| {name} | {each:,.0f} µs | {each / bare:.3f} | {added:,.0f} µs | {ratio} |")
+
+
+def installed(name: str) -> str:
+    """The version of a package, or that it is missing."""
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"{name} not installed"
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2000, help="rounds of the smallest case; the others take fewer")
+    rounds = parser.parse_args().rounds
+    warnings.filterwarnings("ignore", module="nnsight")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    packages = ", ".join(map(installed, ("torch", "transformers", "greenlet", "nnsight")))
+    print(f"{platform.machine()}, Python {platform.python_version()}, 1 thread; {packages}")
+    mlp = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(LAYERS)]).eval()
+    config = transformers.GPT2Config(n_layer=LAYERS, n_embd=768, n_head=12, vocab_size=50257)
+    gpt2 = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        title = f"Every layer's output of an MLP of {LAYERS} layers, 64 wide, batch 1"
+        print_table(title, forward_ways(mlp, "", x=torch.randn(1, 64)), rounds)
+        title = f"Every layer's output of GPT-2, {LAYERS} layers, 768 wide, random weights, 10 tokens"
+        print_table(title, forward_ways(gpt2, "transformer.h", input_ids=torch.arange(10)[None]), max(rounds // 40, 3))
+        title = f"Every layer's output at each of {TOKENS} generated tokens of the same GPT-2"
+        print_table(title, generation_ways(gpt2), max(rounds // 200, 3))
+
+
+if __name__ == "__main__":
+    main()

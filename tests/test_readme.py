@@ -1,0 +1,28 @@
+"""The README: its blocks run, and its commands are the ones that are checked."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_every_block_runs(block, folder, capsys):
+    exec(compile(block.replace("openai-community/gpt2", str(folder("gpt2"))), "README.md", "exec"), {})
+
+
+def test_the_gate_is_the_command_of_the_readme():
+    gate = "ruff format --check . && ruff check . && mypy && pytest"
+    assert gate in README
+    assert gate in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readme_names_only_errors_that_exist():
+    import nnsight_eager
+
+    for name in set(re.findall(r"`(\w+Error)`", README)) - {"SyntaxError", "ValueError", "WithBlockNotFoundError"}:
+        assert hasattr(nnsight_eager, name), name
