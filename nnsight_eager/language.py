@@ -110,7 +110,7 @@ class LanguageModel(NNsight):
         model, with their positions counted from the first real token. With `fn`, what is given goes to that method as it is.
         """
         self.dispatch()
-        if fn is not None:
+        if fn is not None and fn != "forward":
             return super().trace(*inputs, fn=fn, **keywords)
         return Trace(self._tree, Call("forward", self._module, (), self._positioned(self._prepared(inputs, keywords))))
 

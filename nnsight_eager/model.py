@@ -42,7 +42,7 @@ class NNsight(Envoy):
 
     def _call(self, fn: str | Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """What a trace runs."""
-        if fn is None:
+        if fn is None or fn == "forward":
             return Call("forward", self._module, args, kwargs)
         if isinstance(fn, str):
             method = getattr(self._module, fn, None)

@@ -260,7 +260,10 @@ class Run:
         """Raise what tells why the point is not reached from `before`."""
         if self._failed_with:
             self.finish()
-        asked, step = spelled(path, kind), self._clock.step
+        step = self._clock.step
+        if self.finished and step:
+            step -= 1  # the clock counts on at the end of a step, and no other has begun
+        asked = spelled(path, kind)
         paused_at = spelled(path_in(self.root, before.module), before.kind) if before is not None else ""
         facts = {"asked": asked, "paused_at": paused_at, "step": step}
         skipped = next((s for s in self._skipped if module is not s and any(m is module for m in s.modules())), None)
