@@ -17,7 +17,7 @@ import torch
 
 T = TypeVar("T")
 
-BUILTINS: Final = (tuple, list, dict, set, int, float, complex, str)
+BUILTINS: Final = (tuple, list, dict, int, float, complex)
 ENABLED: Final = os.environ.get("NNSIGHT_EAGER_SAVE") != "0"
 
 
