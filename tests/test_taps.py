@@ -124,13 +124,36 @@ def test_a_tap_that_somebody_saved_and_puts_back_later_removes_itself(module, x)
     assert entries(module) == before
 
 
-def test_a_tap_that_was_put_back_during_the_run_is_gone_with_it(module, x):
-    before, model = entries(module), NNsight(module)
-    with model.trace(x):
-        _ = model.child.output
-        saved = module.child.forward
-        module.child.forward = lambda *args: saved(*args)
-        module.child.forward = saved
+def test_a_tap_that_somebody_puts_back_below_a_living_one_goes_with_it(module, x):
+    before, plain = entries(module), module(x)
+    old = doubled(module)
+    saved = module.forward
+    module.forward = lambda *args, **kwargs: saved(*args, **kwargs)
+    take_out([old])
+    module.forward = saved
+    new = doubled(module)
+    assert torch.equal(module(x), 2 * plain)
+    take_out([new])
+    assert entries(module) == before
+
+
+def test_runs_that_overlap_for_ever_do_not_pile_up(module, x):
+    """Each begins before the last one ends, so the module is never without a tap."""
+
+    def how_many():
+        forward, count = module.forward, 0
+        while isinstance(forward, Tap):
+            forward, count = forward.__wrapped__, count + 1
+        return count
+
+    before, plain, living = entries(module), module(x), doubled(module)
+    for _ in range(20):
+        following = doubled(module)
+        take_out([living])
+        living = following
+        assert how_many() == 1
+    assert torch.equal(module(x), 2 * plain)
+    take_out([living])
     assert entries(module) == before
 
 
@@ -178,6 +201,9 @@ def test_a_call_on_another_thread_passes_through(module, x):
 def test_a_plain_call_in_the_body_passes_through(module, x):
     plain, model = module(x), NNsight(module)
     with model.trace(x) as tracer:
+        assert torch.equal(module(x), plain)  # not counted as a visit either: the child can still be asked for
+        assert torch.equal(model.child.input, x)
+        assert torch.equal(module(x), plain)
         model.child.output = model.child.output * 0
         assert torch.equal(module(x), plain)
         assert torch.equal(model.child(x), module.child(x))
