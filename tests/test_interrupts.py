@@ -20,6 +20,15 @@ def model():
     return NNsight(torch.nn.Sequential(Block(), Block()))
 
 
+@pytest.fixture(autouse=True)
+def _one_torch_thread():
+    """Torch's own threads wait for each other in a busy loop, which takes minutes on a machine that is not idle."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def x():
     return torch.randn(2, 3)

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from nnsight_eager import NNsight
@@ -203,6 +203,7 @@ any_program = settings(max_examples=100, deadline=None, suppress_health_check=[H
 
 @any_program
 @given(trees, actions)
+@example(("twice", "linear"), [*[None] * 5, "read", "read"])  # out of a module used twice, to the end of the one around it
 def test_a_program_gives_what_plain_hooks_give(tree, plan):
     root, leaf = grown(tree)
     by_hand, model = ByHand(root, plan, leaf * 1), NNsight(root)
@@ -228,6 +229,8 @@ def passed(by_hand):
 
 @any_program
 @given(trees, actions, st.integers(0, 100))
+@example(("sequential", ["shared", "linear", "shared"]), [*[None] * 5, "read"], 3)  # between two visits
+@example(("twice", ("sequential", ["linear", "linear"])), [*[None] * 8, "skip"], 16)  # run once, then inside what is skipped
 def test_a_point_that_has_passed_is_an_error_at_its_line_and_the_run_goes_on(tree, plan, which):
     root, leaf = grown(tree)
     by_hand, model = ByHand(root, [action for action in plan if action != "stop"], leaf * 1), NNsight(root)
@@ -261,6 +264,16 @@ def test_a_module_that_does_not_run_is_an_error_of_its_own(tree, plan):
 
     for _ in range(2):
         assert torch.equal(ByTrace(model, by_hand, leaf * 1, last).result, by_hand.result)
+
+
+def test_a_point_that_has_passed_is_refused_before_the_model_goes_on():
+    model = NNsight(torch.nn.Sequential(Sine(), Sine(), Sine()))
+    for _ in range(2):
+        with model.trace(torch.zeros(2, WIDTH)):
+            first, _ = model[0].output, model[1].output
+            with pytest.raises(OutOfOrderError):
+                _ = model[0].output
+            assert torch.equal(model[2].output, first.sin().sin())
 
 
 class AddsInPlace(torch.nn.Module):

@@ -124,16 +124,14 @@ def test_a_tap_that_somebody_saved_and_puts_back_later_removes_itself(module, x)
     assert entries(module) == before
 
 
-def test_a_tap_that_somebody_puts_back_below_a_living_one_goes_with_it(module, x):
-    before, plain = entries(module), module(x)
+def test_a_tap_that_somebody_puts_back_below_a_living_one_goes_with_it(module):
+    before = entries(module)
     old = doubled(module)
     saved = module.forward
     module.forward = lambda *args, **kwargs: saved(*args, **kwargs)
     take_out([old])
     module.forward = saved
-    new = doubled(module)
-    assert torch.equal(module(x), 2 * plain)
-    take_out([new])
+    take_out([doubled(module)])
     assert entries(module) == before
 
 
