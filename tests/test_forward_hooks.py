@@ -1,0 +1,121 @@
+"""Taps and forward hooks: a read comes after every hook the module has, whenever it was added."""
+
+import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_hook
+
+from nnsight_eager import NNsight
+
+
+class Scaled(torch.nn.Module):
+    """One child, a signature to look at and a weight to tell copies apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = torch.nn.Linear(3, 3)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, *, shift: float = 0.0):
+        """Scale what the child gives."""
+        return self.child(x) * self.scale + shift
+
+
+@pytest.fixture
+def module():
+    return Scaled()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3)
+
+
+def entries(module):
+    """Every module's own dictionary, with its order, and what hangs on it."""
+    return [
+        (name, list(each.__dict__), each.__dict__.get("forward"), [[*each._forward_hooks], [*each._forward_pre_hooks]])
+        for name, each in module.named_modules()
+    ]
+
+
+def plus_one(module, args, value):
+    return value + 1
+
+
+def test_the_output_is_what_forward_hooks_leave_and_they_see_the_same_in_every_trace(module, x):
+    seen = []
+    module.child.register_forward_hook(plus_one)
+    module.child.register_forward_hook(lambda module, args, value: seen.append(value))
+    plain, before, model = module.child(x), entries(module), NNsight(module)
+    for _ in range(2):
+        with model.trace(x) as tracer:
+            assert torch.equal(model.child.output, plain)
+            model.child.output = model.child.output * 0
+        assert not tracer.result.any()
+    assert len(seen) == 3
+    assert torch.equal(seen[1], seen[2])
+    assert entries(module) == before
+
+
+def test_a_hook_added_while_the_forward_runs_comes_before_the_read(x):
+    class Late(torch.nn.Linear):
+        def forward(self, x):
+            self.handle = self.register_forward_hook(plus_one)
+            return super().forward(x)
+
+    module = torch.nn.Sequential(Late(3, 3))
+    plain, model = torch.nn.functional.linear(x, module[0].weight, module[0].bias), NNsight(module)
+    module[0].register_forward_hook(lambda *_: None)
+    with model.trace(x):
+        assert torch.equal(model[0].output, plain + 1)
+    module[0].handle.remove()
+    assert len(module[0]._forward_hooks) == 1
+
+
+def test_global_forward_hooks_come_before_the_read(module, x):
+    plain, model = module.child(x), NNsight(module)
+    with register_module_forward_hook(lambda each, args, value: value + 1 if each is module.child else None):
+        with model.trace(x):
+            assert torch.equal(model.child.output, plain + 1)
+        with model.trace(x) as tracer:
+            model.child.output = model.child.output * 0
+    assert not tracer.result.any()
+
+
+def test_the_input_is_what_forward_pre_hooks_leave(module, x):
+    module.child.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    model = NNsight(module)
+    with model.trace(x):
+        assert torch.equal(model.child.input, x + 1)
+
+
+def test_a_hook_that_raises_leaves_none_of_ours_behind(module, x):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    module.child.register_forward_hook(broken)
+    before, model = entries(module), NNsight(module)
+
+    def read():
+        with model.trace(x):
+            _ = model.child.output
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            read()
+        assert entries(module) == before
+
+
+def test_a_hook_that_always_runs_still_sees_the_call_that_fails(module, x):
+    seen = []
+    module.child.register_forward_hook(lambda *_: seen.append("called"), always_call=True)
+    before, model = entries(module), NNsight(module)
+
+    def read():
+        with model.trace(torch.ones(2, 5)):
+            _ = model.child.output
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        read()
+    assert seen == ["called"]
+    assert entries(module) == before

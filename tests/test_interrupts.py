@@ -1,0 +1,128 @@
+"""Ctrl-C leaves nothing behind, whichever line it meets."""
+
+import contextlib
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from left_behind import Block, as_before, everything
+
+import nnsight_eager
+from nnsight_eager import NNsight
+
+OUR_FOLDER = str(Path(nnsight_eager.__file__).parent)
+
+
+@pytest.fixture
+def model():
+    return NNsight(torch.nn.Sequential(Block(), Block()))
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread():
+    """Torch's own threads wait for each other in a busy loop, which takes minutes on a machine that is not idle."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3)
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_in_the_forward(model, x):
+    def body():
+        with model.trace(x):
+            _ = model[0].second.output
+
+    with as_before(model):
+        model._module[0].between = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            body()
+        model._module[0].between = None
+
+
+def test_ctrl_c_in_the_body(model, x):
+    def body():
+        with model.trace(x):
+            _ = model[0].second.output
+            interrupt()
+
+    with as_before(model), pytest.raises(KeyboardInterrupt):
+        body()
+
+
+@contextlib.contextmanager
+def interrupted_at(line):
+    """Raise `KeyboardInterrupt` at that many lines of ours from here; gives a list that holds the line once it has."""
+
+    def count(frame, event, argument):
+        nonlocal line
+        if not frame.f_code.co_filename.startswith(OUR_FOLDER) or frame.f_code.co_name == "__del__":
+            return None  # what a `__del__` raises goes nowhere
+        if event == "line":
+            line -= 1
+            if line == 0:
+                interrupted.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+                raise KeyboardInterrupt
+        return count
+
+    interrupted, before = [], sys.gettrace()
+    sys.settrace(count)
+    try:
+        yield interrupted
+    finally:
+        sys.settrace(before)
+
+
+@contextlib.contextmanager
+def at_most(seconds):
+    """A hang becomes an error, in a `__del__` as well."""
+
+    def on_alarm(*_):
+        alarms.append("hung")
+        raise TimeoutError
+
+    alarms, before = [], signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not alarms
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this platform has no timers")
+@pytest.mark.parametrize("ending", ["finished", "stopped", "failed"])
+def test_ctrl_c_at_any_line_of_ours(x, ending):
+    def one_trace():
+        with model.trace(x) as tracer:
+            model[0].first.output = model[0].first.output * 1
+            _ = model[0].output
+            if ending == "stopped":
+                tracer.stop()
+            if ending == "failed":
+                raise ZeroDivisionError
+
+    model = NNsight(torch.nn.Sequential(Block()))
+    with model.trace(x):
+        pass
+    before = everything(model)
+    for line in range(1, 10_000):
+        with at_most(5), interrupted_at(line) as interrupted, contextlib.suppress(KeyboardInterrupt, ZeroDivisionError):
+            one_trace()
+        if not interrupted:
+            break
+        assert everything(model) == before, interrupted
+    assert line > 200
+    with as_before(model):
+        pass
