@@ -145,20 +145,21 @@ def test_in_a_context_manager_of_ones_own():
     assert torch.equal(tracer.result, model[2](relu))
 
 
-def test_a_trace_opened_by_a_function_that_has_returned_is_not_taken_for_the_nearest():
+@pytest.mark.parametrize("size", range(24))
+def test_a_trace_opened_by_a_function_that_has_returned_is_not_taken_for_the_nearest(size):
+    """A frame that is gone leaves its address to the next frame of its size."""
     model = NNsight(mlp())
+    names = {"model": model}
+    exec(f"def read({', '.join(f'a{n}=0' for n in range(size))}): return model[0].output", names)
 
     def open_on(stack, x):
         stack.enter_context(model.trace(x))
 
-    def read_one(_, __):
-        return model[0].output
-
     with contextlib.ExitStack() as stack:
         open_on(stack, X)
         with model.trace(2 * X):
-            read = [read_one(None, None) for _ in range(3)]
-    assert all(torch.equal(each, model[0](2 * X)) for each in read)
+            hidden = names["read"]()
+    assert torch.equal(hidden, model[0](2 * X))
 
 
 # With statements of several items
