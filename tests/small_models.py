@@ -83,7 +83,7 @@ def run_python(*arguments, stdin="", folder=None, **environment):
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         input=stdin,
-        cwd=folder,
+        cwd=folder or FOLDER,  # Python looks for modules here first
         env={**os.environ, "PYTHONPATH": str(FOLDER), "PYTHONDONTWRITEBYTECODE": "1", **environment},
         capture_output=True,
         text=True,

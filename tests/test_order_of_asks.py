@@ -131,9 +131,10 @@ def test_an_error_caught_in_the_body_does_not_go_back(model):
 
 
 def test_after_the_result_every_point_has_passed(model):
-    with pytest.raises(OutOfOrderError), model.trace(X4) as tracer:
+    with pytest.raises(OutOfOrderError) as caught, model.trace(X4) as tracer:
         _ = tracer.result
         _ = model.h[0].output
+    assert caught.value.step == 0
     with pytest.raises(NotReachedError), model.trace(X4) as tracer:
         _ = tracer.result
         _ = model.unused.output

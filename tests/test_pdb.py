@@ -59,8 +59,12 @@ def debug(tmp_path):
 
 
 def stops(answers):
-    """The line that each answer stops at, by its mark; `(file)` where it is not the script's."""
-    return [stop for answer in answers for stop in re.findall(r"^-> .*# (.*)$", answer, re.MULTILINE)]
+    """The line that each answer stops at, by its mark."""
+    return [
+        stop
+        for answer in answers
+        for stop in re.findall(r"^-> .*# (before|with|after|the caller|body \d|forward \d)$", answer, re.MULTILINE)
+    ]
 
 
 def test_next_goes_from_line_to_line_over_reads_and_past_the_end_of_the_block(debug):
