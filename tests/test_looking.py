@@ -19,7 +19,8 @@ def watched():
     """A wrapped model, and the list of what its forward has come by."""
     module, events = Stack(), []
     for name, each in module.named_modules():
-        each.register_forward_pre_hook(lambda *a, name=name: events.append(name))
+        each.register_forward_pre_hook(lambda *a, name=name: events.append(f"into {name}"))
+        each.register_forward_hook(lambda *a, name=name: events.append(f"out of {name}"))
     return NNsight(module), events
 
 

@@ -58,13 +58,12 @@ def debug(tmp_path):
     return debug
 
 
+MARK = re.compile(r"^-> .*# (before|with|after|the caller|body \d|forward \d)$", re.MULTILINE)
+
+
 def stops(answers):
     """The line that each answer stops at, by its mark."""
-    return [
-        stop
-        for answer in answers
-        for stop in re.findall(r"^-> .*# (before|with|after|the caller|body \d|forward \d)$", answer, re.MULTILINE)
-    ]
+    return [stop for answer in answers for stop in MARK.findall(answer)]
 
 
 def test_next_goes_from_line_to_line_over_reads_and_past_the_end_of_the_block(debug):

@@ -293,6 +293,8 @@ def test_a_failing_forward_surfaces_at_the_line_that_advanced_it_and_names_the_e
     frames = frames_of(caught.value)
     assert [text for file, text in frames if file == __file__] == ["_ = model.head.output"]
     assert frames[-1][0] != __file__
+    below = [file for file, _ in frames][next(n for n, (file, _) in enumerate(frames) if "torch" in file) :]
+    assert not any("nnsight_eager" in file for file in below), "ours stand between the reader and the model"
     assert caught.value.__notes__ == [
         "The model was running `model.h[2].lin`.",
         f"Edited before: `model.h[0].output` in step 0: [1, 4] float32 became [1, 4] float32 ({__file__}, line {line - 1})",
