@@ -17,7 +17,8 @@ import torch
 
 T = TypeVar("T")
 
-BUILTINS: Final = (tuple, list, dict, int, float, complex)
+# Not `str`: IPython's completer looks up each of its attributes on `UserString` as well.
+BUILTINS: Final = (tuple, list, dict, set, int, float, complex)
 ENABLED: Final = os.environ.get("NNSIGHT_EAGER_SAVE") != "0"
 
 

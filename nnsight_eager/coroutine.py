@@ -19,7 +19,10 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
+from sys import gettrace
+from threading import get_ident
 from types import FrameType, TracebackType
 from typing import Any, Final
 
@@ -46,17 +49,20 @@ class Coroutine:
     """A call that runs on its own stack until it pauses, and goes on when it is resumed."""
 
     __slots__ = (
-        "__weakref__", "_base", "_call", "_closing", "_context", "_error", "_opener", "_resumer", "_side", "_stack", "finished",
-        "result",
+        "__weakref__", "_base", "_call", "_closing", "_context", "_error", "_grad", "_opener", "_resumer", "_side", "_stack",
+        "_switch", "_traced", "finished", "result",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Nothing runs before the first `resume`; the function begins with the torch settings in force here."""
         self._call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None = (function, args, kwargs)
         self._stack: Stack | None = None
-        self._base = self._side = Settings.take()
+        self._base = self._side = _thread.state.settings()
+        self._grad: bool | None = None  # the grad mode in force at the last switch, where it is known
         self._context: Any = _NO_CONTEXT
         self._resumer: Any = None
+        self._switch: Any = None
+        self._traced = False
         self._error: BaseException | None = None
         self._closing = False
         self.finished = False
@@ -80,41 +86,65 @@ class Coroutine:
 
         What the function raises is raised here.
         """
-        stack = (self._stack or self._start()).greenlet
+        if gettrace() is not None and not self._traced:
+            return self._resume_traced()
         here = getcurrent()
         if here is not self._resumer:
             self._hang_below(here)
         if here.gr_context is not self._context:
             self._share_context(here)
-        grad, side = grad_enabled(), self._side
-        # Inference mode is a guard: where the function may leave one it entered, only a guard of ours brings it back.
+        side = self._side
+        grad = grad_enabled()
         if side.in_force() and side.inference is self._base.inference:
             self._opener = side
-            paused_with = stack.switch()
-            if self.finished and not side.in_force():
+            self._grad = grad
+            paused_with = self._switch()
+            if not self.finished:
+                if self._grad is not grad:
+                    set_grad_enabled(grad)
+                return paused_with
+            if not side.in_force():
                 reset(side)
         else:
+            # Also where the function may leave an inference mode it entered: only a guard of ours brings that back.
             self._opener = opener = Settings.take()
-            paused_with = exchange(opener, side, stack.switch, guard=True)
-        if grad_enabled() is not grad:
-            set_grad_enabled(grad)
+            self._grad = None
+            paused_with = exchange(opener, side, self._switch, guard=True)
+        set_grad_enabled(grad)
         if self._error is not None:
             self._raise()
         return paused_with
 
     def pause(self, value: Any) -> None:
         """Switch back to whoever resumed this coroutine; returns when it is resumed."""
-        grad, opener = grad_enabled(), self._opener
+        opener = self._opener
+        grad = grad_enabled()
         if opener.in_force():
             self._side = opener
+            self._grad = grad
             self._resumer.switch(value)
         else:
             self._side = side = Settings.take()
-            exchange(side, opener, lambda: self._resumer.switch(value), guard=False)
-        if grad_enabled() is not grad:
+            self._grad = None
+            exchange(side, opener, partial(self._resumer.switch, value), guard=False)
+        if self._grad is not grad:
             set_grad_enabled(grad)
         if self._closing:
             raise Closed
+
+    def _resume_traced(self) -> Any:
+        """Go on under a trace function; coverage's keeps one stack of frames a thread, which a switch would unbalance."""
+        tracer = gettrace()
+        its_own = getattr(tracer, "concur_id_func", tracer) is None
+        self._traced = True
+        if its_own:
+            tracer.concur_id_func = getcurrent  # type: ignore[union-attr]  # from here on each stack has its own
+        try:
+            return self.resume()
+        finally:
+            self._traced = False
+            if its_own:
+                tracer.concur_id_func = None  # type: ignore[union-attr]
 
     def close(self) -> None:
         """Raise `Closed` where it is paused, so that its `finally` blocks run.
@@ -124,21 +154,31 @@ class Coroutine:
         """
         if self.finished or self._closing:
             return
-        self._closing = True
-        if self._stack is None:
-            self._call, self.finished = None, True
-        elif self._stack.thread is not _thread.state:
-            self._stack.thread.orphans.append(self)
-        else:
-            self._unwind()
-
-    def _unwind(self) -> None:
-        """Let a closing coroutine run to its end; a `pause` on the way raises `Closed` again."""
         try:
-            while not self.finished:
+            self._closing = True
+            if self._stack is None:
+                self._call, self.finished = None, True
+            elif self._stack.thread.ident != get_ident():
+                self._stack.thread.orphans.append(self)
+            else:
+                self.unwind()
+        except BaseException:
+            self._closing = self.finished  # interrupted on the way: it can be closed once more
+            raise
+
+    def unwind(self) -> None:
+        """Let a closing coroutine run to its end; a `pause` on the way raises `Closed` again."""
+        stack = self._stack
+        assert stack is not None
+        try:
+            # Ctrl-C in a line of ours may have ended the stack with the function: then nothing is left to unwind.
+            while not (self.finished or stack.greenlet.dead):
                 self.resume()
         except Closed:
             pass
+        if stack.greenlet.dead:
+            self.finished, self._stack = True, None
+            stack.thread.busy.discard(stack)
 
     def _start(self) -> "Stack":
         """Take an idle stack of this thread, or a new one."""
@@ -153,8 +193,11 @@ class Coroutine:
 
     def _hang_below(self, here: greenlet) -> None:
         """Make `here` the stack that a pause switches back to."""
+        if self._stack is None:
+            self._start()
         assert self._stack is not None
-        if self._stack.thread is not _thread.state:
+        self._switch = self._stack.greenlet.switch
+        if self._stack.thread.ident != get_ident():
             raise WrongThreadError(
                 "This run is paused on another thread, and a paused forward pass can only go on on its own thread.",
                 "Read it on the thread that opened the trace, or open a trace of its own on this one.",
@@ -163,10 +206,7 @@ class Coroutine:
             self._stack.greenlet.parent = here
             self._resumer = here
         except ValueError:  # greenlet refuses a cycle of parents
-            raise InsideForwardError(
-                "A point was asked for by code that the model's own forward pass called (a hook or a callback).",
-                "Open a trace of its own there: it runs a forward pass of its own and may be nested.",
-            ) from None
+            raise inside_forward() from None
 
     def _share_context(self, here: greenlet) -> None:
         """Run in the resumer's context variables, unless the function has entered a context of its own."""
@@ -198,7 +238,8 @@ class Coroutine:
         except BaseException as error:
             self._error = error
         finally:
-            self.finished, self._stack, self._context = True, None, None
+            self.finished = True
+            self._stack = self._context = self._grad = self._switch = self._resumer = None
 
 
 class Stack:
@@ -220,7 +261,7 @@ class Stack:
             self.coroutine = None
             self.thread.busy.discard(self)
             self.thread.idle.append(self)
-            getcurrent().parent.switch()  # type: ignore[union-attr]  # only the main stack has no parent
+            getcurrent().parent.switch(None)  # type: ignore[union-attr]  # only the main stack has no parent
 
 
 class ThreadState:
@@ -228,9 +269,19 @@ class ThreadState:
 
     def __init__(self) -> None:
         """A thread begins with no stack."""
+        self.ident = get_ident()
         self.idle: list[Stack] = []
         self.busy: set[Stack] = set()
         self.orphans: deque[Coroutine] = deque()
+        self._settings: Settings | None = None
+
+    def settings(self) -> Settings:
+        """What torch has set on this thread now: the same object again where nothing has changed, since taking it is slow."""
+        settings = self._settings
+        if settings is None or not settings.unchanged():
+            settings = Settings.take()
+            self._settings = settings if settings.plain else None
+        return settings
 
     def stack(self) -> Stack:
         """A stack with nothing on it, from now on busy."""
@@ -243,7 +294,7 @@ class ThreadState:
     def close_orphans(self) -> None:
         """Close what was closed or collected on another thread, which cannot switch to a stack of this one."""
         while self.orphans:
-            self.orphans.popleft()._unwind()
+            self.orphans.popleft().unwind()
 
     def end(self) -> None:
         """Close every coroutine and end every stack: the thread ends, and nobody could resume them later."""
@@ -276,6 +327,14 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+
+def inside_forward() -> InsideForwardError:
+    """What a coroutine that is to resume itself is answered with."""
+    return InsideForwardError(
+        "A point was asked for by code that the model's own forward pass called (a hook or a callback).",
+        "Open a trace of its own there: it runs a forward pass of its own and may be nested.",
+    )
 
 
 def without_our_frames(traceback: TracebackType | None) -> TracebackType | None:

@@ -19,18 +19,26 @@ import torch
 from .errors import OutsideTraceError
 from .run import Run, user_frame
 
+# A frame told apart by its address and its code: a run that held its frame could be freed only together with it.
+Frames = tuple[tuple[int, int], ...]
+
 # The open runs of this context, outermost first, each with the frames that opened it. Weak: a run that is left behind is freed.
-_entered: ContextVar[tuple[tuple[weakref.ref[Run], tuple[int, ...]], ...]] = ContextVar("nnsight_eager_runs", default=())
+_entered: ContextVar[tuple[tuple[weakref.ref[Run], Frames], ...]] = ContextVar("nnsight_eager_runs", default=())
 
 
 def enter(run: Run) -> None:
     """Make `run` the one that points mean where this is called and on the stack above."""
-    _entered.set((*_entered.get(), (weakref.ref(run), _opening_frames())))
+    entered, entry = _entered.get(), (weakref.ref(run), _opening_frames())
+    _entered.set((*(each for each in entered if each[0]() is not None), entry) if entered else (entry,))
 
 
 def leave(run: Run) -> None:
     """Leave by identity: a generator may end in another context than it began in."""
-    _entered.set(tuple(entry for entry in _entered.get() if entry[0]() not in (run, None)))
+    entered = _entered.get()
+    if len(entered) == 1 and entered[0][0]() is run:
+        _entered.set(())
+    else:
+        _entered.set(tuple(entry for entry in entered if entry[0]() not in (run, None)))
 
 
 def current(root: torch.nn.Module) -> Run:
@@ -54,24 +62,21 @@ def _nearest(root: torch.nn.Module) -> Run:
     frame: FrameType | None = sys._getframe(2) if len(runs) > 1 else None
     while frame is not None:
         for run, opened_by in reversed(runs):
-            if id(frame) in opened_by:
+            if (id(frame), id(frame.f_code)) in opened_by:
                 return run
         frame = frame.f_back
     return runs[-1][0]
 
 
-def _opening_frames() -> tuple[int, ...]:
-    """Which frames open a trace here: the user's, and where a context manager of theirs opens it, its user's too.
-
-    Identities, since a run that held its frame could be freed only together with it.
-    """
-    opening: list[int] = []
-    frame: FrameType | None = user_frame()
-    while frame is not None:
-        opening.append(id(frame))
-        frame = frame.f_back
-        if frame is None or frame.f_code.co_filename != contextlib.__file__:
-            break
-        while frame is not None and frame.f_code.co_filename == contextlib.__file__:
-            frame = frame.f_back
-    return tuple(opening)
+def _opening_frames() -> Frames:
+    """Which frames open a trace here: the user's, and where a context manager of theirs opens it, its user's too."""
+    frame = user_frame(3)  # below `enter` and its caller
+    opening: Frames = ((id(frame), id(frame.f_code)),)
+    above = frame.f_back
+    while above is not None and above.f_globals is contextlib.__dict__:
+        while above is not None and above.f_globals is contextlib.__dict__:
+            above = above.f_back
+        if above is not None:
+            opening = (*opening, (id(above), id(above.f_code)))
+            above = above.f_back
+    return opening

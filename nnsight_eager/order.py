@@ -15,15 +15,17 @@ import torch
 class Order:
     """What one whole run has shown."""
 
-    __slots__ = ("_later", "_modules", "_repeated", "around")
+    __slots__ = ("_later", "_modules", "_sets", "around", "repeats")
 
     def __init__(self) -> None:
         """Nothing is known yet."""
         # Keyed by identity, since a module may define equality; the weak reference tells a reused address apart.
         self._modules: dict[int, weakref.ref[torch.nn.Module]] = {}
-        # The modules inside whose forward each was visited, by identity.
-        self.around: dict[int, set[int]] = {}
-        self._repeated: dict[int, None] = {}
+        # The modules inside whose forward each was visited, by identity; one and the same set for all that share it.
+        self.around: dict[int, frozenset[int]] = {}
+        self._sets: dict[frozenset[int], frozenset[int]] = {}
+        # The modules that were visited more than once in a step, by identity.
+        self.repeats: dict[int, None] = {}
         self._later: dict[int, None] = {}
 
     def note(self, module: torch.nn.Module, around: Iterable[torch.nn.Module], step: int, visits: int) -> None:
@@ -31,12 +33,13 @@ class Order:
         key = id(module)
         if key not in self._modules:
             self._modules[key] = weakref.ref(module)
-            self.around[key] = set()
-        self.around[key].update(map(id, around))
+            self.around[key] = frozenset()
+        together = self.around[key].union(map(id, around))
+        self.around[key] = self._sets.setdefault(together, together)
         if step:
             self._later[key] = None
         if visits > 1:
-            self._repeated[key] = None
+            self.repeats[key] = None
 
     def runs(self, module: torch.nn.Module, step: int = 0) -> bool:
         """Whether the module is visited in `step`: an encoder runs in the first of a generation only."""
@@ -46,7 +49,7 @@ class Order:
     @property
     def repeated(self) -> list[torch.nn.Module]:
         """The modules that were visited more than once in a step."""
-        return self.living(self._repeated) if self._repeated else []
+        return self.living(self.repeats)
 
     def living(self, keys: Iterable[int]) -> list[torch.nn.Module]:
         """The modules behind `keys` that still exist."""

@@ -1,7 +1,7 @@
 """One model call in progress: where it is paused, who asks, who watches.
 
-    run = Run(root, Call(root, (x,), {}), orders)
-    visit = run.ask(layer, "output")      # the forward goes on until the layer has its output, and pauses there
+    run = Run(root, Call("forward", root, (x,), {}), Memory())
+    visit = run.ask(layer, "output", "layer")      # the forward goes on until the layer has its output, and pauses there
     visit.value
     run.finish()                          # the forward ends; the model is as it was
 
@@ -16,13 +16,14 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from .coroutine import OUR_FOLDER, Coroutine
-from .errors import EditError, NotReachedError, OutOfOrderError, RunEndedError
+from .coroutine import OUR_FOLDER, current_stack, inside_forward
+from .errors import EditError, RunEndedError
+from .missed import Miss
 from .nested import described
 from .order import Order
 from .paths import innermost_module, modules_above, path_in, spelled
-from .taps import put_in, take_out
-from .visits import INPUT, OUTPUT, Clock, Kind, Listener, RootListener, Visit
+from .taps import put_up, take_down, tap_at
+from .visits import INPUT, OUTPUT, Forward, Kind, RootVisit, Visit
 
 
 class Call(NamedTuple):
@@ -50,111 +51,142 @@ class Edit(NamedTuple):
         )
 
 
+class Memory:
+    """What the runs of one model leave for the next: the order learned for each kind of call, and ears to use again."""
+
+    __slots__ = ("orders", "visits")
+
+    def __init__(self) -> None:
+        """Nothing has run yet."""
+        self.orders: dict[str, Order] = {}
+        self.visits: dict[int, Visit] = {}
+
+
 class Run:
     """One model call in progress."""
 
     __slots__ = (
-        "__weakref__", "_around", "_clock", "_coroutine", "_cut_short", "_failed_with", "_listeners", "_name", "_order",
-        "_orders", "_skipped", "_stack", "_step_over", "at", "edits", "open", "root",
+        "__weakref__",
+        "_beyond",
+        "_cut_short",
+        "_failed_with",
+        "_forward",
+        "_heard",
+        "_memory",
+        "_name",
+        "_order",
+        "_put_up",
+        "_skipped",
+        "_stack",
+        "_step_over",
+        "_visits",
+        "at",
+        "edits",
+        "open",
+        "root",
     )  # fmt: skip
 
-    def __init__(self, root: torch.nn.Module, call: Call, orders: dict[str, Order]) -> None:
-        """Nothing runs yet. `orders` is what earlier runs of this model have learned, by name of the call."""
+    def __init__(self, root: torch.nn.Module, call: Call, memory: Memory) -> None:
+        """Nothing runs yet. `memory` is what earlier runs of this model have left."""
         self.root = root
         self.at: Visit | None = None
         self.open = True
         self.edits: list[Edit] = []
         self._failed_with = ""
-        self._step_over = self._cut_short = False
+        self._step_over = self._beyond = self._cut_short = False
         self._skipped: list[torch.nn.Module] = []
-        self._name, self._orders = call.name, orders
-        known = orders.get(call.name)
+        self._name = call.name
+        self._memory = memory
+        # Taken, so that a second run at the same time has ears of its own.
+        self._visits, memory.visits = memory.visits, {}
+        self._put_up: list[Visit] = []
+        self._heard: frozenset[int] | None = None
+        known = memory.orders.get(call.name)
         self._order = known or Order()
-        self._coroutine = Coroutine(call.function, *call.args, **call.kwargs)
-        self._stack = self._coroutine.stack
-        self._around = self._order.around
-        self._clock = Clock(self._order if known is None else None)
-        self._listeners: dict[int, Listener] = {}
+        self._forward = forward = Forward(call.function, *call.args, **call.kwargs)
+        self._stack = forward.stack
         try:
-            for module in root.modules() if known is None else known.repeated:
-                self._listen(module)
+            if known is None:
+                forward.learn(self._order)
+                self._listen_at(root.modules())
+            elif known.repeats:
+                self._listen_at(known.repeated)
             if call.function is not root:
-                self._listener(root)  # the call may run several steps, or none
+                self._listen_at((root,))  # the call may run several steps, or none
         except BaseException:
             self.close()
             raise
 
     # Asking
 
-    def ask(self, module: torch.nn.Module, kind: Kind, path: str) -> Visit:
-        """Run on to the module's first visit in this step and pause there; `path` is how the user wrote it."""
-        at = self.at
-        if at is not None and at.module is module and (at.kind is kind or kind is INPUT):
-            return at
-        listener = self._listeners.get(id(module)) or self._listener(module)
-        if self._step_over or (
-            listener.visits
-            and listener.step == self._clock.step
-            and (listener.inside is None or kind is INPUT or listener.visits > 1)
-        ):
-            self._missed(module, kind, path, at)
-        return self._reach(listener, kind, path, True)
+    def ask(self, module: torch.nn.Module, kind: Kind, path: str, further: bool = False) -> Visit:
+        """Run on to the module's first visit in this step and pause there; `path` is how the user wrote it.
 
-    def ask_next(self, module: torch.nn.Module, kind: Kind, path: str) -> Visit:
-        """Run on to the module's next visit, in whatever step, and pause there."""
-        return self._reach(self._listener(module), kind, path, False)
+        With `further`, run on to its next visit after now, in whatever step.
+        """
+        at, forward = self.at, self._forward
+        if at is not None and at.module is module and not further and (at.kind is kind or kind is INPUT):
+            return at
+        visit = self._visits.get(id(module))
+        if visit is None or visit.forward is not forward:
+            visit = self._listen(module, visit)
+        elif visit.step == forward.step and not further and (not visit.going_on or kind is INPUT or visit.times > 1):
+            self._missed(visit, kind, path, at)
+        if forward.finished or (self._step_over and not further):
+            self._missed(visit, kind, path, at, further)
+        if kind is OUTPUT:
+            visit.stop_after = True
+        else:
+            visit.stop_before = True
+        forward.awaited = not further
+        self.at = None
+        try:
+            self.at = reached = forward.resume()
+        except BaseException as error:
+            self._stopped(error, at, visit)
+            raise
+        if reached is None:
+            self._step_over = True
+            visit.stop_after = visit.stop_before = False
+            self._missed(visit, kind, path, at, further)
+        self._step_over = False
+        return reached  # type: ignore[no-any-return]
 
     def to_step(self, step: int) -> bool:
         """Run on to the start of `step`; `False` where the model ends before it begins."""
-        if self._clock.step < step or self._step_over:
-            self._clock.stop_at = step
-            while not self.finished and self._clock.step < step:
-                self._resume()
-            self._clock.stop_at = None
-        return not self.finished
+        forward = self._forward
+        if forward.step < step or self._step_over:
+            forward.stop_before(step)
+            try:
+                while not forward.finished and forward.step < step:
+                    self._resume()
+            finally:
+                forward.stop_before(None)
+            self._beyond = forward.finished
+        return not forward.finished
 
     @property
     def step(self) -> int:
         """The step the model is in, counted from 0."""
-        return self._clock.step
+        return self._forward.step
 
-    def _reach(self, listener: Listener, kind: Kind, path: str, awaited: bool) -> Visit:
-        """Resume until the listener's module is visited; an error where the step, or the run, ends before."""
-        before = self.at
-        if self._coroutine.finished:
-            self._missed(listener.module, kind, path, before)
-        if kind is OUTPUT:
-            listener.stop_after = True
-        else:
-            listener.stop_before = True
-        clock = self._clock
-        clock.awaited = awaited
-        visit = self._resume()
-        listener.stop_after = listener.stop_before = clock.awaited = False
-        if visit is None:
-            self._missed(listener.module, kind, path, before)
-        return visit
-
-    def _resume(self) -> Visit | None:
-        """Let the model go on until it pauses at a visit; `None` where a step, or all, has ended."""
-        self.at = None
+    def _resume(self) -> None:
+        """Let the model go on until it pauses at a visit, or a step, or all, has ended."""
+        at, self.at = self.at, None
+        self._forward.awaited = False
         try:
-            paused_at = self._coroutine.resume()
+            self.at = visit = self._forward.resume()
         except BaseException as error:
-            self._fail(error)
+            self._stopped(error, at)
             raise
-        if type(paused_at) is Visit:
-            self._step_over, self.at = False, paused_at
-            return paused_at
-        self._step_over = True
-        return None
+        self._step_over = visit is None
 
     # Editing
 
     def replace(self, visit: Visit, value: Any, path: str) -> None:
         """Have the model go on with `value`, an output or a pair `(args, kwargs)`, at the visit it is paused at."""
         point = spelled(path, visit.kind)
-        refuse_in_checkpoint(self._coroutine.frame, point)
+        refuse_in_checkpoint(self._forward.frame, point)
         if visit.kind is OUTPUT:
             before, visit.value = visit.value, value
         else:
@@ -165,7 +197,7 @@ class Run:
     def skip(self, visit: Visit, value: Any, path: str) -> None:
         """Leave out the forward of the module the model is about to enter, and go on with `value` as its output."""
         point = spelled(path, "skip")
-        refuse_in_checkpoint(self._coroutine.frame, point)
+        refuse_in_checkpoint(self._forward.frame, point)
         visit.skipped, visit.value = True, value
         self._skipped.append(visit.module)
         self._record(point, None, value)
@@ -173,28 +205,29 @@ class Run:
     def _record(self, point: str, before: Any, after: Any) -> None:
         """Keep what was edited and where, for the note on a forward that fails."""
         frame = user_frame()
-        self.edits.append(Edit(point, self._clock.step, described(before), described(after), frame.f_code, frame.f_lineno))
+        self.edits.append(Edit(point, self._forward.step, described(before), described(after), frame.f_code, frame.f_lineno))
 
     # Ending
 
     @property
     def finished(self) -> bool:
         """Whether the model call has ended, however."""
-        return self._coroutine.finished
+        return self._forward.finished
 
     @property
     def result(self) -> Any:
         """What the model call has returned; the rest of it runs first."""
         self.finish()
-        return self._coroutine.result
+        return self._forward.result
 
     @result.setter
     def result(self, value: Any) -> None:
         self.finish()
-        self._coroutine.result = value
+        self._forward.result = value
 
     def finish(self) -> None:
         """Let the model run to its end."""
+        forward = self._forward
         if self._failed_with:
             raise RunEndedError(
                 f"This run has ended: its forward pass raised `{self._failed_with}`.",
@@ -204,20 +237,38 @@ class Run:
             raise RunEndedError(
                 "This run was closed before its end, so it has no result.", "Open a new trace to run the model."
             )
-        while not self._coroutine.finished:
+        while not forward.finished:
             self._resume()
-        if self._clock.order is not None and not self._skipped:
-            self._orders[self._name] = self._order
+        if forward.order is not None and not self._skipped:
+            self._memory.orders[self._name] = self._order
 
     def close(self) -> None:
         """End the run wherever it is; afterwards the model is as it was."""
         if not self.open:
             return
-        self.open, self.at = False, None
-        self._cut_short = not self.finished
-        take_out(self._listeners.values())
-        self._listeners.clear()
-        self._coroutine.close()
+        self._cut_short = not self._forward.finished
+        try:
+            self._end()
+        except BaseException:  # Ctrl-C on the way, or what a `finally` block of the model raised: the rest has to be done still
+            self._end()
+            raise
+        finally:
+            self.open = False
+
+    def _end(self) -> None:
+        """Take the ears down and close the forward; done a second time it does only what is left."""
+        self.at = None
+        take_down(self._put_up)
+        self._forward.close()
+        if self._forward.finished:  # else a frame of it waits on another thread, and uses its ears
+            for visit in self._put_up:
+                if self._cut_short:
+                    visit.rest()
+                visit.forward = None
+                if visit.spent:
+                    self._visits.pop(id(visit.module), None)
+            self._memory.visits = self._visits
+        self._put_up, self._visits = [], {}
 
     def __del__(self) -> None:
         # A run left behind. At interpreter exit no switch is safe any more, and nothing is left to put back.
@@ -227,62 +278,69 @@ class Run:
 
     # Listening
 
-    def _listener(self, module: torch.nn.Module) -> Listener:
-        """The ear at `module`; those around it are put up as well, since their ends can be asked for from inside."""
-        listener = self._listeners.get(id(module))
-        if listener is None:
-            around = self._around.get(id(module))
-            if around is None or not self._heard(around):
-                for caller in modules_above(self.root, module) if around is None else self._order.living(around):
-                    if id(caller) not in self._listeners:
-                        self._listen(caller)
-            listener = self._listen(module)
-        return listener
+    def _listen(self, module: torch.nn.Module, visit: Visit | None) -> Visit:
+        """Put up an ear at `module`, and at those around it, since their ends can be asked for from inside."""
+        if visit is None or visit.module is not module:
+            visit = self._new_ear(module)
+        visit.forward = self._forward
+        visit.step = -1
+        self._put_up.append(visit)
+        put_up(visit, self._stack)
+        around = self._order.around.get(id(module))
+        if around is None:
+            self._listen_at(modules_above(self.root, module))
+        elif around is not self._heard:
+            self._heard = around
+            self._listen_at(self._order.living(around))
+        return visit
 
-    def _heard(self, keys: Iterable[int]) -> bool:
-        """Whether there is an ear at each of these modules."""
-        for key in keys:
-            if key not in self._listeners:
-                return False
-        return True
+    def _listen_at(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Put up an ear at each of these modules that has none."""
+        for module in modules:
+            visit = self._visits.get(id(module))
+            if visit is None or visit.forward is not self._forward:
+                self._listen(module, visit)
 
-    def _listen(self, module: torch.nn.Module) -> Listener:
+    def _new_ear(self, module: torch.nn.Module) -> Visit:
+        """An ear for `module`, which later runs use again."""
         if not self.open:
             raise RunEndedError("This run has ended.", "Read points inside the `with` block, or open a new trace.")
-        kind = RootListener if module is self.root else Listener
-        listener = self._listeners[id(module)] = kind(module, self._stack, self._coroutine, self._clock)
-        put_in(listener)
-        return listener
+        visit = tap_at(RootVisit() if module is self.root else Visit(), module)
+        visit.rest()
+        self._visits[id(module)] = visit  # whole before it is kept: Ctrl-C may come between any two lines
+        return visit
 
     # Errors
 
-    def _missed(self, module: torch.nn.Module, kind: Kind, path: str, before: Visit | None) -> NoReturn:
+    def _missed(self, visit: Visit, kind: Kind, path: str, before: Visit | None, further: bool = False) -> NoReturn:
         """Raise what tells why the point is not reached from `before`."""
+        if current_stack() is self._stack:
+            raise inside_forward()
         if self._failed_with:
             self.finish()
-        step = self._clock.step
-        if self.finished and step:
-            step -= 1  # the clock counts on at the end of a step, and no other has begun
-        asked = spelled(path, kind)
+        module, step = visit.module, self._forward.step
+        if self.finished and step and not self._beyond:
+            step -= 1  # the count goes on at the end of a step, and no other has begun
         paused_at = spelled(path_in(self.root, before.module), before.kind) if before is not None else ""
-        facts = {"asked": asked, "paused_at": paused_at, "step": step}
-        skipped = next((s for s in self._skipped if module is not s and any(m is module for m in s.modules())), None)
-        if skipped is not None:
-            inside = spelled(path_in(self.root, skipped))
-            raise NotReachedError(f"`{asked}` does not run in this step: it is inside `{inside}`, which was skipped.",
-                "Read it in a trace that does not skip that module.", **facts)  # fmt: skip
-        listener = self._listeners[id(module)]
-        if (listener.visits and listener.step == step) or (self._clock.order is None and self._order.runs(module, step)):
-            where = f"; the model was paused at `{paused_at}`" if paused_at else ""
-            above = f" above the line that reads `{paused_at}`" if paused_at else " earlier in the block"
-            raise OutOfOrderError(f"`{asked}` has already run in this step (step {step}){where}.",
-                f"Read `{asked}`{above}; for a later visit of it write `{spelled(path)}.next().{kind}`.", **facts)  # fmt: skip
-        ended = "the model has finished" if self.finished else f"step {step} has ended"
-        raise NotReachedError(f"`{asked}` did not run: {ended} without coming by `{spelled(path)}`.",
-            "Read a module that this call runs; `print(model)` shows what there is.", **facts)  # fmt: skip
+        miss = Miss(path, kind, paused_at, step, self.finished)
+        if further:
+            raise miss.no_further()
+        if visit.times and visit.step == step:
+            raise miss.passed()
+        for skipped in self._skipped:
+            if module is not skipped and any(each is module for each in skipped.modules()):
+                raise miss.skipped(path_in(self.root, skipped))
+        if self._forward.order is None and not self._beyond and self._order.runs(module, step):
+            raise miss.passed()
+        raise miss.never()
 
-    def _fail(self, error: BaseException) -> None:
-        """The forward has raised: note on the error what was running and what had been edited."""
+    def _stopped(self, error: BaseException, at: Visit | None, awaited: Visit | None = None) -> None:
+        """The forward has raised, or would not go on: note on the error what was running and what had been edited."""
+        if awaited is not None:
+            awaited.stop_after = awaited.stop_before = False
+        if not self.finished:
+            self.at = at  # a refusal: the run is where it was
+            return
         self._failed_with = type(error).__name__
         if not isinstance(error, Exception):
             return
@@ -304,9 +362,9 @@ def refuse_in_checkpoint(frame: FrameType | None, point: str) -> None:
         frame = frame.f_back
 
 
-def user_frame() -> FrameType:
-    """The innermost frame that is not this package's."""
-    frame = sys._getframe(1)
+def user_frame(depth: int = 1) -> FrameType:
+    """The innermost frame that is not this package's, from `depth` frames below on."""
+    frame = sys._getframe(depth)
     while frame.f_code.co_filename.startswith(OUR_FOLDER) and frame.f_back is not None:
         frame = frame.f_back
     return frame

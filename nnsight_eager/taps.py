@@ -6,8 +6,8 @@
                 return self.pass_through(args, kwargs)
             return 2 * self.__wrapped__(*args, **kwargs)
 
-    put_in(tap := Doubled(module, current_stack()))
-    take_out([tap])
+    put_up(tap := tap_at(Doubled(), module), current_stack())
+    take_down([tap])
 
 A tap is a wrapper in `module.__dict__["forward"]`. It acts only for a call on the stack it listens on and passes every
 other call through. `Module.__call__` keeps its fast path, which a forward hook would take away. Several runs may tap one
@@ -23,8 +23,10 @@ from typing import Any, Final, TypeVar
 
 import torch
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T", bound="Tap")
 
 ABSENT: Final = object()
 # Reentrant, since a collected run takes its taps out, and a collection can start in any line below.
@@ -33,17 +35,20 @@ global_forward_hooks: Final = torch_module._global_forward_hooks
 
 
 class Tap:
-    """What stands in a module's `forward` while somebody listens on one stack."""
+    """What stands in a module's `forward` while somebody listens on one stack.
 
-    __slots__ = ("__wrapped__", "_original", "module", "pending", "stack")
+    `tap_at` and `put_up` give it its attributes.
+    """
+
+    __slots__ = ("__wrapped__", "_original", "module", "own", "pending", "spent", "stack")
 
     __wrapped__: Callable[..., Any]  # under this name `inspect.signature` finds it: `generate` refuses what it cannot see there
-
-    def __init__(self, module: torch.nn.Module, stack: Any) -> None:
-        self.module = module
-        self.stack = stack
-        self.pending: list[Callable[[], None]] | None = None
-        self._original: Any = ABSENT
+    _original: Any
+    module: torch.nn.Module
+    own: dict[str, Any]  # the module's `__dict__`: each look-up on a module itself is slow, for it has a `__getattr__`
+    pending: list[Callable[[], None]] | None
+    spent: bool  # others may still hold it, in front of something: it is not to be put up again
+    stack: Any
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """What a subclass hears with."""
@@ -72,10 +77,11 @@ class Tap:
             return False
         hooks = self.module._forward_hooks
         order = list(hooks)
+        handle = RemovableHandle(hooks)
 
         def last_hook(module: torch.nn.Module, args: Any, value: Any) -> Any:
-            pending.remove(put_back)
             put_back()
+            pending.remove(put_back)
             return take(value)
 
         def put_back() -> None:
@@ -84,12 +90,13 @@ class Tap:
                 if key in hooks:
                     hooks[key] = hooks.pop(key)
 
-        handle = self.module.register_forward_hook(last_hook)
+        # Noted first and put in last: after an interrupt in between, what is taken down still includes it.
+        pending = self.pending = self.pending or []
+        pending.append(put_back)
+        hooks[handle.id] = last_hook
         for key in order:
             if _only_records(hooks[key]):
                 hooks[key] = hooks.pop(key)
-        pending = self.pending = self.pending or []
-        pending.append(put_back)
         return True
 
     def _stand_in_front(self) -> None:
@@ -104,8 +111,9 @@ class Tap:
 
     def _step_aside(self) -> None:
         """Stand in front of nothing any more, unless somebody has wrapped this tap: theirs stays, and this passes through."""
-        self.stack = None
-        for put_back in self.pending or ():
+        self.stack, pending, self.pending = None, self.pending, None
+        self.spent = True
+        for put_back in pending or ():
             put_back()  # a forward hook of the user's has raised before ours
         own = self.module.__dict__
         outer = own.get("forward")
@@ -161,28 +169,38 @@ def not_compiled(call: F) -> F:
 
 def _silent(module: torch.nn.Module, *original: Any) -> Tap:
     """What the copy of a tapped module gets in its `forward`: it passes one call through, and is gone."""
-    tap = Tap(module, None)
+    tap = Tap()
+    tap.module, tap.own, tap.stack, tap.pending, tap.spent = module, module.__dict__, None, None, True
     tap._original = original[0] if original else ABSENT
     tap.__wrapped__ = original[0] if original else MethodType(type(module).forward, module)
     return tap
 
 
-def put_in(tap: Tap) -> None:
-    """Have the tap hear its module's calls."""
-    module = tap.module
+def tap_at(tap: T, module: torch.nn.Module) -> T:
+    """Make `tap` one of `module`, to be put up there any number of times."""
+    tap.module = module
+    tap.own = module.__dict__
+    tap.pending = None
+    tap.spent = False
+    return tap
+
+
+def put_up(tap: Tap, stack: Any) -> None:
+    """Have the tap hear its module's calls on `stack`."""
+    tap.stack = stack
     tap._original = ABSENT
-    tap.__wrapped__ = module.forward
+    tap.__wrapped__ = tap.module.forward
     # Atomic, so the usual case needs no lock: nobody else has a `forward` there.
-    if module.__dict__.setdefault("forward", tap) is not tap:
+    if tap.own.setdefault("forward", tap) is not tap:
         with _lock:
             tap._stand_in_front()
 
 
-def take_out(taps: Iterable[Tap]) -> None:
+def take_down(taps: Iterable[Tap]) -> None:
     """Stop hearing; where nobody else listens, the modules are as they were before."""
     with _lock:
         for tap in taps:
-            own = tap.module.__dict__
+            own = tap.own
             if own.get("forward") is tap and tap._original is ABSENT and not tap.pending:
                 del own["forward"]
                 tap.stack = None

@@ -26,7 +26,13 @@ inference_enabled: Final = torch.is_inference_mode_enabled
 multithreading_enabled: Final = _C._is_multithreading_enabled
 forward_ad_enabled: Final = _C._is_fwd_grad_enabled
 any_autocast: Final = _C._is_any_autocast_enabled
+autocast_enabled: Final = _C.is_autocast_enabled
+autocast_dtype: Final = _C.get_autocast_dtype
+autocast_cache_enabled: Final = _C.is_autocast_cache_enabled
+open_autocast: Final = _C.autocast_increment_nesting
+close_autocast: Final = _C.autocast_decrement_nesting
 torch_function_enabled: Final = _C._is_torch_function_enabled
+torch_function_state: Final[Callable[[], Any]] = _C._get_torch_function_state  # type: ignore[attr-defined]
 count_function_modes: Final = _C._len_torch_function_stack
 count_dispatch_modes: Final = _C._len_torch_dispatch_stack
 top_saved_tensor_hooks: Final[Callable[[bool], Any]] = _C._autograd._top_saved_tensors_default_hooks
@@ -42,16 +48,16 @@ def autocast_devices() -> list[str]:
 
 
 AUTOCAST_DEVICES: Final = autocast_devices()
+NO_AUTOCAST: Final = [False for _ in AUTOCAST_DEVICES]
 
 
 class Settings:
     """What torch has set on this thread at one moment, complete enough to be put back."""
 
     __slots__ = (
-        "autocast", "autocast_cache", "autocast_nesting", "autocasting", "compiler", "cuda", "default_device",
+        "autocast", "autocast_cache", "autocast_nesting", "autocast_on", "autocasting", "compiler", "cuda", "default_device",
         "dispatch_mode_count", "dispatch_modes", "forward_ad", "function_mode_count", "function_modes", "grad", "inference",
-        "lift_cpu_only", "modeless", "multithreading", "saved_tensor_hooks", "top_hooks", "torch_function",
-        "torch_function_enabled",
+        "lift_cpu_only", "modeless", "multithreading", "plain", "saved_tensor_hooks", "top_hooks", "torch_function",
     )  # fmt: skip
 
     grad: bool
@@ -60,10 +66,12 @@ class Settings:
     forward_ad: bool
     top_hooks: Any
     autocasting: bool
-    autocast: list[tuple[bool, torch.dtype]]
+    autocast: list[torch.dtype]
+    autocast_on: list[bool]
     autocast_cache: bool
     autocast_nesting: int
     modeless: bool
+    plain: bool
     function_mode_count: int
     dispatch_mode_count: int
     function_modes: list[Any]
@@ -72,7 +80,6 @@ class Settings:
     lift_cpu_only: bool
     default_device: torch.device | None
     torch_function: Any
-    torch_function_enabled: bool
     compiler: Any
     cuda: tuple[int, Any] | None
 
@@ -86,8 +93,9 @@ class Settings:
         self.forward_ad = forward_ad_enabled()
         self.top_hooks = top_saved_tensor_hooks(True)
         self.autocasting = any_autocast()
-        self.autocast = [(_C.is_autocast_enabled(d), _C.get_autocast_dtype(d)) for d in AUTOCAST_DEVICES]
-        self.autocast_cache = _C.is_autocast_cache_enabled()
+        self.autocast_on = [*map(autocast_enabled, AUTOCAST_DEVICES)] if self.autocasting else NO_AUTOCAST
+        self.autocast = [*map(autocast_dtype, AUTOCAST_DEVICES)]
+        self.autocast_cache = autocast_cache_enabled()
         self.autocast_nesting = _autocast_nesting()
         self.function_mode_count = count_function_modes()
         self.dispatch_mode_count = count_dispatch_modes()
@@ -97,30 +105,55 @@ class Settings:
         self.saved_tensor_hooks = _saved_tensor_hooks() if self.top_hooks else []
         self.lift_cpu_only = _C._only_lift_cpu_tensors()
         self.default_device = default_device.CURRENT_DEVICE
-        self.torch_function = _C._get_torch_function_state()  # type: ignore[attr-defined]
-        self.torch_function_enabled = torch_function_enabled()
+        self.torch_function = torch_function_state()
         self.compiler = compiler_callback()
         self.cuda = _cuda_place() if torch.cuda.is_initialized() else None
+        self.plain = self._is_plain()
         return self
 
-    @classmethod
-    def same_or_taken(cls, last: "Settings | None") -> "Settings":
-        """`last` where nothing has changed since it was taken, else newly taken."""
-        if (
-            last is not None
-            and last.in_force()
-            and grad_enabled() is last.grad
-            and default_device.CURRENT_DEVICE is last.default_device
-            and last._same_autocast()
-        ):
-            return last
-        return cls.take()
+    def _is_plain(self) -> bool:
+        """Whether all that `in_force` looks at is as it is on a new thread without CUDA, whatever the grad mode."""
+        return (
+            self.modeless
+            and torch_function_enabled()
+            and self.multithreading
+            and self.forward_ad
+            and not self.inference
+            and not self.autocasting
+            and not self.autocast_nesting
+            and self.top_hooks is None
+            and self.compiler is None
+            and self.cuda is None
+        )
+
+    def unchanged(self) -> bool:
+        """Whether these settings, which are plain, are in force in every detail, those included that no switch looks at."""
+        return (
+            self.in_force()
+            and grad_enabled() is self.grad
+            and default_device.CURRENT_DEVICE is self.default_device
+            and not torch.cuda._initialized
+            and self._same_autocast_details()
+        )
 
     def in_force(self) -> bool:
         """Whether this thread's settings are these, grad mode left aside: told by a dozen C calls."""
+        if self.plain:  # nearly always, and a constant is compared faster than an attribute
+            return (
+                not inference_enabled()
+                and torch_function_enabled()
+                and not count_function_modes()
+                and not count_dispatch_modes()
+                and top_saved_tensor_hooks(True) is None
+                and not any_autocast()
+                and open_autocast() + close_autocast() == 1  # no autocast context is open, not even a disabled one
+                and multithreading_enabled()
+                and forward_ad_enabled()
+                and compiler_callback() is None
+            )
         return (
             inference_enabled() is self.inference
-            and torch_function_enabled() is self.torch_function_enabled
+            and torch_function_state() == self.torch_function
             and count_function_modes() == self.function_mode_count
             and count_dispatch_modes() == self.dispatch_mode_count
             and top_saved_tensor_hooks(True) == self.top_hooks
@@ -128,16 +161,20 @@ class Settings:
             and multithreading_enabled() is self.multithreading
             and forward_ad_enabled() is self.forward_ad
             and compiler_callback() is self.compiler
-            and (not self.autocasting or self._same_autocast())
+            and self._same_autocast()
             and (self.modeless or self._same_modes())
             and (self.cuda is None or self.cuda == _cuda_place())
         )
 
     def _same_autocast(self) -> bool:
-        """Whether autocast, which is on, is on in the same way."""
+        """Whether autocast is on, or off, in the same way."""
+        return self.autocast_on == [*map(autocast_enabled, AUTOCAST_DEVICES)] and self._same_autocast_details()
+
+    def _same_autocast_details(self) -> bool:
+        """Whether autocast, where it is on or comes on, does the same."""
         return (
-            self.autocast == [(_C.is_autocast_enabled(d), _C.get_autocast_dtype(d)) for d in AUTOCAST_DEVICES]
-            and self.autocast_cache is _C.is_autocast_cache_enabled()
+            self.autocast == [*map(autocast_dtype, AUTOCAST_DEVICES)]
+            and self.autocast_cache is autocast_cache_enabled()
             and self.autocast_nesting == _autocast_nesting()
         )
 
@@ -171,12 +208,12 @@ class Settings:
         """Put the autocast flags, dtypes and nesting in force; casts cached by the other side are dropped."""
         nesting = _autocast_nesting()
         for _ in range(self.autocast_nesting - nesting):
-            _C.autocast_increment_nesting()
+            open_autocast()
         for _ in range(nesting - self.autocast_nesting):
-            _C.autocast_decrement_nesting()
+            close_autocast()
         if self.autocasting or any_autocast():
             _C.clear_autocast_cache()
-        for device, (enabled, dtype) in zip(AUTOCAST_DEVICES, self.autocast, strict=True):
+        for device, enabled, dtype in zip(AUTOCAST_DEVICES, self.autocast_on, self.autocast, strict=True):
             _C.set_autocast_enabled(device, enabled)
             _C.set_autocast_dtype(device, dtype)
         _C.set_autocast_cache_enabled(self.autocast_cache)
@@ -231,9 +268,8 @@ def _saved_tensor_hooks() -> list[Any]:
 
 def _autocast_nesting() -> int:
     """How many autocast contexts are open; torch tells only when one more is counted."""
-    nesting = _C.autocast_increment_nesting() - 1
-    _C.autocast_decrement_nesting()
-    return int(nesting)
+    open_autocast()
+    return close_autocast()
 
 
 def _cuda_place() -> tuple[int, Any]:

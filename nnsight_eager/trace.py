@@ -47,7 +47,7 @@ class Trace:
             raise RunError("This trace is open already.", "Call `model.trace(...)` once more for a second run.")
         add_save_to_builtins()
         self._view = None
-        self._run = run = Run(self._tree.root, self._call, self._tree.orders)
+        self._run = run = Run(self._tree.root, self._call, self._tree.memory)
         enter(run)
         return self
 
@@ -72,7 +72,7 @@ class Trace:
     def model(self) -> Envoy:
         """The model's tree bound to this run, for two runs side by side: `b.model.h[3].output = a.model.h[3].output`."""
         if self._view is None:
-            self._view = Envoy(self._tree.root, "", Tree(self._tree.root, self._opened(), self._tree.orders))
+            self._view = Envoy(self._tree.root, "", Tree(self._tree.root, self._opened(), self._tree.memory))
         return self._view
 
     @property

@@ -13,22 +13,21 @@ import torch
 
 from .current import current
 from .errors import EditError, OutOfOrderError
-from .order import Order
 from .paths import path_in, spelled
 from .points import Points
-from .run import Run
+from .run import Memory, Run
 from .visits import INPUT, OUTPUT, Kind, Visit
 
 
 class Tree:
-    """What all envoys of one model share: its root, what runs have learned of it, and the run it is bound to, if any."""
+    """What all envoys of one model share: its root, what its runs remember, and the run they are bound to, if any."""
 
-    __slots__ = ("bound_to", "orders", "root")
+    __slots__ = ("bound_to", "memory", "root")
 
-    def __init__(self, root: torch.nn.Module, bound_to: Run | None = None, orders: dict[str, Order] | None = None) -> None:
+    def __init__(self, root: torch.nn.Module, bound_to: Run | None = None, memory: Memory | None = None) -> None:
         self.root = root
         self.bound_to = bound_to
-        self.orders: dict[str, Order] = {} if orders is None else orders
+        self.memory = Memory() if memory is None else memory
 
     def run(self) -> Run:
         """The run that points of this tree belong to."""
@@ -59,7 +58,11 @@ class Envoy(Points):
         # One look into the dictionary: an attribute of a class with `__getattr__` costs ten times a plain one.
         own = self.__dict__
         tree = own["_tree"]
-        return (tree.bound_to or current(tree.root)).ask(own["_module"], kind, own["_path"])
+        try:
+            return (tree.bound_to or current(tree.root)).ask(own["_module"], kind, own["_path"])
+        except AttributeError as error:
+            own["_raised"] = error  # raised by the model, and taken for a missing property: see `__getattr__`
+            raise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the module, in or out of a trace, without touching the run: `model.lm_head(model.transformer.ln_f(hidden))`."""
@@ -78,7 +81,7 @@ class Envoy(Points):
         self._module = module
         if not self._path:
             self._tree.root = module
-            self._tree.orders.clear()
+            self._tree.memory = Memory()
         for name, child in self._children.items():
             if name in module._modules:
                 child._point_at(module._modules[name])  # type: ignore[arg-type]
@@ -105,6 +108,13 @@ class Envoy(Points):
         # IPython probes underscored names on everything it shows.
         if name.startswith("_"):
             raise AttributeError(name)
+        # Python comes here as well when a property has raised an `AttributeError`, which is the model's and not about a name.
+        raised = self.__dict__.pop("_raised", None)
+        if raised is not None and isinstance(getattr(type(self), name, None), property):
+            try:
+                raise raised
+            finally:
+                del raised
         if self._has_child(name):
             return self._child(name)
         if name.endswith("_") and self._has_child(name[:-1]):
@@ -123,16 +133,25 @@ class Envoy(Points):
         return value if path is None else Envoy(value, path, self._tree)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_") or hasattr(type(self), name):
-            object.__setattr__(self, name, value)
-        elif isinstance(value, torch.nn.Module) or hasattr(self._module, name):
-            setattr(self._module, name, value)
+        ours = getattr(type(self), name, None)
+        child = name[:-1] if name.endswith("_") and self._has_child(name[:-1]) else name
+        if name.startswith("_") or isinstance(ours, property) or (hasattr(type(self), name) and not callable(ours)):
+            try:
+                object.__setattr__(self, name, value)
+            finally:
+                self.__dict__.pop("_raised", None)
+        elif callable(ours):
+            where = spelled(self._path, name)
+            raise EditError(f"`{where}` is a method and cannot be assigned.", f"Call it: `{where}(...)`.")
+        elif isinstance(value, torch.nn.Module) or hasattr(self._module, child):
+            setattr(self._module, child, value)
         else:
             raise EditError(self._unknown(name), "The points of a module are `output`, `input`, `inputs`, `hidden`, `skip`.")
 
     def _unknown(self, name: str) -> str:
         """What to say of a name that is neither a point nor a child nor an attribute of the module."""
-        near = difflib.get_close_matches(name, dir(self), n=3)
+        names = [each for each in dir(self) if not each.startswith("_")]
+        near = difflib.get_close_matches(name, names, n=3)
         hint = f"; did you mean {' or '.join(f'`{each}`' for each in near)}?" if near else "."
         return f"`{spelled(self._path)}` ({type(self._module).__name__}) has no `{name}`{hint}"
 
@@ -168,9 +187,8 @@ class Envoy(Points):
         return key in self._module._modules
 
     def __dir__(self) -> list[str]:
-        return sorted(
-            {*super().__dir__(), *dir(self._module), *(f"{name}_" for name in self._module._modules if hasattr(Envoy, name))}
-        )
+        taken = (f"{name}_" for name in self._module._modules if hasattr(type(self), name))
+        return sorted({*super().__dir__(), *dir(self._module), *taken})
 
     def __repr__(self) -> str:
         return repr(self._module)
@@ -181,7 +199,7 @@ class NextEnvoy(Envoy):
 
     def __init__(self, module: torch.nn.Module, path: str, tree: Tree) -> None:
         super().__init__(module, path, tree)
-        self._met: Visit | None = None
+        self._met: tuple[Visit, int, int] | None = None
 
     @classmethod
     def _of(cls, module: torch.nn.Module, path: str, tree: Tree) -> "Envoy":
@@ -190,15 +208,25 @@ class NextEnvoy(Envoy):
     def _visit(self, kind: Kind) -> Visit:
         """The next visit the first time, and the same one from then on."""
         run, met = self._run(), self._met
-        if met is None or (met.kind is INPUT and kind is OUTPUT):
-            self._met = met = run.ask_next(self._module, kind, self._path)
-        elif met is not run.at:
-            asked = f"{spelled(self._path)}.next().{kind}"
-            raise OutOfOrderError(
-                f"The visit that this `{asked}` met is over; the run has moved on.",
-                f"Write `{asked}` once more for the visit after this, or keep the value in a variable.",
-                asked=asked,
-                paused_at=spelled(path_in(run.root, run.at.module), run.at.kind) if run.at else "",
-                step=run.step,
-            )
-        return met
+        if met is None:
+            return self._go_on(run, kind)
+        visit = met[0]
+        if visit.going_on and (visit, visit.step, visit.times) == met:
+            if visit is run.at and (visit.kind is kind or kind is INPUT):
+                return visit
+            if kind is OUTPUT:
+                return self._go_on(run, kind)
+        asked = f"{spelled(self._path)}.next().{kind}"
+        raise OutOfOrderError(
+            f"The visit that this `{asked}` met is over; the run has moved on.",
+            f"Write `{asked}` once more for the visit after this, or keep the value in a variable.",
+            asked=asked,
+            paused_at=spelled(path_in(run.root, run.at.module), run.at.kind) if run.at else "",
+            step=run.step,
+        )
+
+    def _go_on(self, run: Run, kind: Kind) -> Visit:
+        """On to the next visit, which this envoy then stands for."""
+        visit = run.ask(self._module, kind, self._path, further=True)
+        self._met = visit, visit.step, visit.times
+        return visit

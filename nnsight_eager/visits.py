@@ -4,7 +4,7 @@ Everything here may lie on the model's stack while it is paused. So nothing here
 would otherwise keep itself alive.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import torch
@@ -18,134 +18,173 @@ INPUT: Final = "input"
 OUTPUT: Final = "output"
 
 
-class Visit:
-    """One call of a tapped module, paused at its input or at its output."""
+class Forward(Coroutine):
+    """The model call as a coroutine, and which step it is in.
 
+    `awaited`: somebody waits for a point of this step, so its end has to be told. `stop_at`: the step before which to pause.
+    """
+
+    __slots__ = ("around", "awaited", "order", "step", "stop_at", "watched")
+
+    def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """A run that is to be learned from sets `order`; `around` is then the calls in progress."""
+        Coroutine.__init__(self, function, *args, **kwargs)
+        self.step = 0
+        self.awaited = False
+        self.watched = False  # an order is learned, or a step is waited for: every call wants a look
+        self.stop_at: int | None = None
+        self.order: Order | None = None
+        self.around: list[torch.nn.Module] = []
+
+    def learn(self, order: Order) -> None:
+        """Note into `order` what is called."""
+        self.order, self.watched = order, True
+
+    def stop_before(self, step: int | None) -> None:
+        """Pause before this step, or before none."""
+        self.stop_at, self.watched = step, step is not None or self.order is not None
+
+
+class Visit(Tap):
+    """One run's ear at one module, and the call in progress there: what it was called with, and what it has made.
+
+    It counts the calls in a step, and pauses where somebody waits. One object serves all calls of its module and, used again,
+    all runs, so that a read makes no object.
+    """
+
+    __slots__ = ("args", "forward", "going_on", "kind", "kwargs", "skipped", "step", "stop_after", "stop_before", "times",
+        "value", "versions")  # fmt: skip
+
+    forward: Forward | None  # whose ear this is, while it is put up
+    step: int  # the step of the last call
+    times: int  # how often the module was called in that step
+    stop_before: bool
+    stop_after: bool
+    going_on: bool  # a call is in progress, and what follows is of it
+    kind: Kind
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: Any
+    skipped: bool
     value: Any
-    __slots__ = ("args", "kind", "kwargs", "module", "outer", "skipped", "value", "versions")
 
-    def __init__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outer: "Visit | None") -> None:
-        self.module = module
+    def rest(self) -> None:
+        """Refer to no run and to no call."""
+        self.forward = self.value = self.versions = self.args = self.kwargs = None  # type: ignore[assignment]
+        self.going_on = self.stop_before = self.stop_after = self.skipped = False
+        self.step, self.times = -1, 0
+
+    @not_compiled
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """One call of the module."""
+        # The hot path of every read: what is looked at and called here costs as much as the switch.
+        if current_stack() is not self.stack:
+            return self.pass_through(args, kwargs)
+        if self.going_on:
+            return self._inside_itself(args, kwargs)
+        forward = self.forward
+        assert forward is not None
+        if self.step == forward.step:
+            self.times += 1
+        else:
+            self.step = forward.step
+            self.times = 1
+        self.going_on = True
+        self.kind = INPUT
         self.args = args
         self.kwargs = kwargs
-        self.outer = outer
-        self.kind: Kind = INPUT
-        self.skipped = False
-        self.versions = versions(args, kwargs)
+        try:
+            self.versions = versions(args, kwargs) if kwargs or len(args) > 1 else args[0]._version
+        except (AttributeError, IndexError, RuntimeError):
+            self.versions = versions(args, kwargs)
+        try:
+            if self.stop_before or forward.watched:
+                self._enter(forward)
+                value = self.value if self.skipped else self.__wrapped__(*self.args, **self.kwargs)
+            else:
+                value = self.__wrapped__(*args, **kwargs)
+        except BaseException:
+            self._forget(forward)
+            raise
+        if (self.own["_forward_hooks"] or global_forward_hooks) and self.after_hooks(self._leave):
+            return value
+        return self._leave(value)
+
+    def _enter(self, forward: Forward) -> None:
+        """The module has been called, and somebody wants to know."""
+        if forward.order is not None:
+            forward.order.note(self.module, forward.around, forward.step, self.times)
+            forward.around.append(self.module)
+        if self.stop_before:
+            self.stop_before = False
+            forward.pause(self)
+            self.versions = versions(self.args, self.kwargs)  # an edit at the input is what the module receives
+
+    def _leave(self, value: Any) -> Any:
+        """The forward has returned, or was left out; what is returned here is what the caller gets."""
+        forward = self.forward
+        assert forward is not None
+        if self.stop_after:
+            self.stop_after = False
+            self.kind = OUTPUT
+            self.value = value
+            forward.pause(self)
+            value = self.value
+        self._forget(forward)
+        return value
+
+    def _forget(self, forward: Forward) -> None:
+        """The call is over; nothing of it is kept."""
+        self.going_on = self.skipped = False
+        self.args = self.kwargs = self.value = self.versions = None  # type: ignore[assignment]
+        if forward.order is not None:
+            forward.around.pop()
+
+    def _inside_itself(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a module whose forward is going on: a visit of its own, after which the outer one goes on."""
+        outer = self.args, self.kwargs, self.versions
+        self.going_on = False
+        try:
+            return self(*args, **kwargs)
+        finally:
+            self.going_on, self.kind = True, INPUT
+            self.args, self.kwargs, self.versions = outer
 
     def inputs_unchanged(self) -> bool:
         """Whether the inputs still hold what the module received, told by the tensors' version counters."""
         return self.kind is INPUT or (self.versions is not None and self.versions == versions(self.args, self.kwargs))
 
 
-class StepEnd:
-    """What a run is paused at when a step has ended and somebody still waits for a point in it."""
-
-
-class Clock:
-    """Which step the model is in, kept on its own stack.
-
-    `awaited`: somebody waits for a point of this step, so its end has to be told. `stop_at`: the step before which to pause.
-    """
-
-    __slots__ = ("awaited", "inside", "order", "step", "stop_at")
-
-    def __init__(self, order: Order | None) -> None:
-        """`order` is what to learn into, or `None`."""
-        self.step = 0
-        self.awaited = False
-        self.stop_at: int | None = None
-        self.order = order
-        self.inside: list[torch.nn.Module] = []
-
-
-class Listener(Tap):
-    """One run's ear at one module: counts its visits in the step, and pauses where somebody waits."""
-
-    __slots__ = ("clock", "coroutine", "inside", "step", "stop_after", "stop_before", "visits")
-
-    def __init__(self, module: torch.nn.Module, stack: Any, coroutine: Coroutine, clock: Clock) -> None:
-        self.module = module
-        self.stack = stack
-        self.pending = None
-        self.coroutine = coroutine
-        self.clock = clock
-        self.step = self.visits = 0  # how many visits in which step
-        self.stop_before = self.stop_after = False
-        self.inside: Visit | None = None
-
-    @not_compiled
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        """One call of the module."""
-        # The hot path of every read. It is one function since each further call would cost as much as the switch.
-        if current_stack() is not self.stack:
-            return self.pass_through(args, kwargs)
-        clock, module = self.clock, self.module
-        if self.step == clock.step:
-            self.visits += 1
-        else:
-            self.step, self.visits = clock.step, 1
-        self.inside = visit = Visit(module, args, kwargs, self.inside)
-        if clock.order is not None:
-            clock.order.note(module, clock.inside, clock.step, self.visits)
-            clock.inside.append(module)
-        try:
-            if self.stop_before or clock.stop_at is not None:
-                self._entered(visit)
-            value = visit.value if visit.skipped else self.__wrapped__(*visit.args, **visit.kwargs)
-        except BaseException:
-            self._over(visit)
-            raise
-        if (module._forward_hooks or global_forward_hooks) and self.after_hooks(partial(self._leave, visit)):
-            return value
-        return self._leave(visit, value)
-
-    def _entered(self, visit: Visit) -> None:
-        """The module has been called, and somebody may wait for that."""
-        if self.stop_before:
-            self.coroutine.pause(visit)
-
-    def _leave(self, visit: Visit, value: Any) -> Any:
-        """The forward has returned, or was left out; what is returned here is what the caller gets."""
-        visit.value, visit.kind = value, OUTPUT
-        if self.stop_after:
-            self.coroutine.pause(visit)
-            value = visit.value
-        self._over(visit)
-        return value
-
-    def _over(self, visit: Visit) -> None:
-        """The call is over."""
-        self.inside = visit.outer
-        if self.clock.order is not None:
-            self.clock.inside.pop()
-
-
-class RootListener(Listener):
+class RootVisit(Visit):
     """The ear at the root, whose forward passes are the steps."""
 
     __slots__ = ()
 
-    def _entered(self, visit: Visit) -> None:
+    def _enter(self, forward: Forward) -> None:
         """A step's forward pass begins."""
-        if self.stop_before or (self.clock.stop_at == self.clock.step and visit.outer is None):
-            self.coroutine.pause(visit)
+        if forward.stop_at == forward.step:
+            self.stop_before = True
+        Visit._enter(self, forward)
 
-    def _leave(self, visit: Visit, value: Any) -> Any:
+    def _leave(self, value: Any) -> Any:
         """A step's forward pass has ended; whoever still waits for a point in it is told before the next begins."""
-        value = Listener._leave(self, visit, value)
-        if visit.outer is None:
-            if self.clock.awaited:
-                self.coroutine.pause(StepEnd())
-            self.clock.step += 1
+        forward = self.forward
+        assert forward is not None
+        value = Visit._leave(self, value)
+        if forward.awaited:
+            forward.pause(None)  # at no visit
+        forward.step += 1
         return value
 
 
-def versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int | None] | int | None:
-    """The version counter of each tensor argument; `None` where one was made under inference mode and has none."""
+def versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The version counters of the tensor arguments; `None` where one was made under inference mode and has none."""
     try:
-        if len(args) == 1 and not kwargs and type(args[0]) is torch.Tensor:
+        if len(args) == 1 and not kwargs:
             return args[0]._version
-        return [value._version for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    except (AttributeError, RuntimeError):
+        pass
+    try:
+        return [each._version for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
     except RuntimeError:
         return None

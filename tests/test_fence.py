@@ -34,7 +34,7 @@ ERRORS_AT_RANDOM_DEPTHS = """
             torch.ones(2, 3) @ torch.ones(2, 3)
 
         a_coroutine = coroutine.Coroutine(work)
-        below(random.randrange(60), a_coroutine.resume)
+        below(random.randrange(200), a_coroutine.resume)
         return a_coroutine
 
     def go_on(a_coroutine):

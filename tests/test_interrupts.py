@@ -1,6 +1,7 @@
 """Ctrl-C leaves nothing behind, whichever line it meets."""
 
 import contextlib
+import linecache
 import signal
 import sys
 from pathlib import Path
@@ -70,6 +71,9 @@ def interrupted_at(line):
             return None  # what a `__del__` raises goes nowhere
         if event == "line":
             line -= 1
+            # On leaving a `with` its line comes once more, before `__exit__`: a real Ctrl-C is never raised there.
+            if line == 0 and linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip().startswith("with "):
+                line = 1
             if line == 0:
                 interrupted.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
                 raise KeyboardInterrupt

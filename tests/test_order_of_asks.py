@@ -1,4 +1,3 @@
-# ruff: noqa: PT012 -- that the error leaves the trace is what is tested
 """What has passed is an error, never another value; it is raised at the line that asked."""
 
 import pickle

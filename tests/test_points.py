@@ -1,4 +1,3 @@
-# ruff: noqa: PT012 -- that the error leaves the trace is what is tested
 """What `output`, `input`, `inputs`, `hidden` and `skip` read and replace, against plain hooks and calls."""
 
 from collections import namedtuple

@@ -1,4 +1,3 @@
-# ruff: noqa: PT012 -- that the error leaves the trace is what is tested
 """One call of the model: begun by `with`, ended however the block is left, apart from every other call."""
 
 import contextlib

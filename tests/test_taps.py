@@ -12,7 +12,7 @@ import torch
 
 from nnsight_eager import NNsight
 from nnsight_eager.coroutine import current_stack
-from nnsight_eager.taps import Tap, not_compiled, put_in, take_out
+from nnsight_eager.taps import Tap, not_compiled, put_up, take_down, tap_at
 
 
 class Doubled(Tap):
@@ -26,8 +26,8 @@ class Doubled(Tap):
 
 
 def doubled(module):
-    tap = Doubled(module, current_stack())
-    put_in(tap)
+    tap = tap_at(Doubled(), module)
+    put_up(tap, current_stack())
     return tap
 
 
@@ -81,7 +81,7 @@ def test_the_module_is_exactly_as_before(module, x):
     before, plain = entries(module), module(x)
     tap = doubled(module)
     assert torch.equal(module(x), 2 * plain)
-    take_out([tap])
+    take_down([tap])
     assert entries(module) == before
     assert torch.equal(module(x), plain)
 
@@ -92,7 +92,7 @@ def test_a_forward_that_the_module_has_of_its_own_is_called_and_put_back_in_its_
     before, plain = entries(module), module(x)
     tap = doubled(module)
     assert torch.equal(module(x), 2 * plain)
-    take_out([tap])
+    take_down([tap])
     assert entries(module) == before
     assert module.__dict__["forward"] is own
 
@@ -107,7 +107,7 @@ def test_a_wrapper_that_somebody_puts_on_top_stays_and_ours_is_not_heard_any_mor
 
     module.forward = theirs
     assert torch.equal(module(x), 2 * plain + 1)
-    take_out([tap])
+    take_down([tap])
     assert module.__dict__["forward"] is theirs
     assert torch.equal(module(x), plain + 1)
 
@@ -118,7 +118,7 @@ def test_a_tap_that_somebody_saved_and_puts_back_later_removes_itself(module, x)
     tap = doubled(module)
     saved = module.forward
     module.forward = lambda *args, **kwargs: saved(*args, **kwargs)
-    take_out([tap])
+    take_down([tap])
     module.forward = saved
     assert torch.equal(module(x), plain)
     assert entries(module) == before
@@ -129,9 +129,9 @@ def test_a_tap_that_somebody_puts_back_below_a_living_one_goes_with_it(module):
     old = doubled(module)
     saved = module.forward
     module.forward = lambda *args, **kwargs: saved(*args, **kwargs)
-    take_out([old])
+    take_down([old])
     module.forward = saved
-    take_out([doubled(module)])
+    take_down([doubled(module)])
     assert entries(module) == before
 
 
@@ -147,11 +147,11 @@ def test_runs_that_overlap_for_ever_do_not_pile_up(module, x):
     before, plain, living = entries(module), module(x), doubled(module)
     for _ in range(20):
         following = doubled(module)
-        take_out([living])
+        take_down([living])
         living = following
         assert how_many() == 1
     assert torch.equal(module(x), 2 * plain)
-    take_out([living])
+    take_down([living])
     assert entries(module) == before
 
 
@@ -160,9 +160,9 @@ def test_two_taps_may_leave_in_either_order(module, x, first_out):
     before, plain = entries(module), module(x)
     taps = [doubled(module), doubled(module)]
     assert torch.equal(module(x), 4 * plain)
-    take_out([taps.pop(first_out)])
+    take_down([taps.pop(first_out)])
     assert torch.equal(module(x), 2 * plain)
-    take_out(taps)
+    take_down(taps)
     assert entries(module) == before
 
 
@@ -192,7 +192,7 @@ def test_a_call_on_another_thread_passes_through(module, x):
     thread = threading.Thread(target=lambda: results.append(module(x)))
     thread.start()
     thread.join()
-    take_out([tap])
+    take_down([tap])
     assert torch.equal(results[0], plain)
 
 
@@ -245,7 +245,7 @@ def test_a_copy_of_a_tapped_module_runs_its_own_weights_and_is_clean(module, x, 
     with torch.no_grad():
         copied.child.weight.zero_(), copied.child.bias.fill_(7), copied.scale.fill_(3)
     assert torch.equal(copied(x), torch.full((2, 3), 21.0))
-    take_out(taps)
+    take_down(taps)
     assert torch.equal(copied(x), torch.full((2, 3), 21.0))
     assert torch.equal(module(x), plain)
     assert entries(module) == before
@@ -257,7 +257,7 @@ def test_a_shallow_copy_of_a_tapped_module_runs_its_own_weights(module, x):
     tap = doubled(module)
     copied = copy.copy(module)
     copied._parameters = {"scale": torch.nn.Parameter(torch.tensor(3.0))}
-    take_out([tap])
+    take_down([tap])
     assert torch.allclose(copied(x), 3 * plain)
     assert torch.equal(module(x), plain)
     assert entries(module) == before
@@ -270,4 +270,4 @@ def test_the_signature_is_the_forwards_own(module, x):
     assert module.forward.__name__ == "forward"
     assert module.forward.__self__ is module
     assert module.forward.__func__ is Scaled.forward
-    take_out([tap])
+    take_down([tap])

@@ -76,7 +76,7 @@ def test_a_value_keeps_its_gradient_history(model):
 
 @pytest.mark.parametrize("value", [(1, 2), [1, 2], {"a": 1}, {1, 2}, 5, 2.5, True, 1j], ids=repr)
 def test_save_gives_the_value_itself(model, value):
-    model.trace(X).result  # noqa: B018
+    model.trace(X).result
     assert save(value) is value
     assert value.save() is value
 
@@ -96,7 +96,7 @@ def test_a_plain_object_gets_no_save():
 
 
 def test_builtin_types_still_copy_pickle_compare_and_subclass(model):
-    model.trace(X).result  # noqa: B018
+    model.trace(X).result
     value = {"a": (1, [2.5, {3}])}
     assert copy.deepcopy(value) == pickle.loads(pickle.dumps(value)) == value
     assert json.loads(json.dumps([1, 2])) == [1, 2]

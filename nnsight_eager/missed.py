@@ -1,0 +1,67 @@
+"""Why a point was not reached, in the user's words.
+
+`model.transformer.h[2].output` has already run in this step (step 0); the model was paused at `model.transformer.h[5].output`.
+Read `model.transformer.h[2].output` above the line that reads `model.transformer.h[5].output`; …
+"""
+
+from typing import NamedTuple
+
+from .errors import NotReachedError, OutOfOrderError, PointError
+from .paths import spelled
+
+
+class Miss(NamedTuple):
+    """An ask that was not answered: for what, from where, and how far the model had got."""
+
+    path: str
+    kind: str
+    paused_at: str
+    step: int
+    finished: bool
+
+    @property
+    def asked(self) -> str:
+        """The point as the user writes it."""
+        return spelled(self.path, self.kind)
+
+    @property
+    def ended(self) -> str:
+        """What has ended."""
+        return "the model has finished" if self.finished else f"step {self.step} has ended"
+
+    def passed(self) -> PointError:
+        """The point has run before it was asked for."""
+        where = f"; the model was paused at `{self.paused_at}`" if self.paused_at else ""
+        above = f"above the line that reads `{self.paused_at}`" if self.paused_at else "earlier in the block"
+        return self._error(
+            OutOfOrderError,
+            f"`{self.asked}` has already run in this step (step {self.step}){where}.",
+            f"Read `{self.asked}` {above}; for a later visit of it write `{spelled(self.path)}.next().{self.kind}`.",
+        )
+
+    def skipped(self, inside: str) -> PointError:
+        """The point lies in a module whose forward was left out."""
+        return self._error(
+            NotReachedError,
+            f"`{self.asked}` does not run in this step: it is inside `{spelled(inside)}`, which was skipped.",
+            "Read it in a trace that does not skip that module.",
+        )
+
+    def no_further(self) -> PointError:
+        """There is no next visit."""
+        return self._error(
+            NotReachedError,
+            f"`{spelled(self.path)}.next().{self.kind}` does not come: {self.ended} without a further visit.",
+            "Ask for as many visits as there are; `tracer.iter[:]` loops until the model ends.",
+        )
+
+    def never(self) -> PointError:
+        """The module does not run."""
+        return self._error(
+            NotReachedError,
+            f"`{self.asked}` did not run: {self.ended} without coming by `{spelled(self.path)}`.",
+            "Read a module that this call runs; `print(model)` shows what there is.",
+        )
+
+    def _error(self, kind: type[PointError], happened: str, instead: str) -> PointError:
+        return kind(happened, instead, asked=self.asked, paused_at=self.paused_at, step=self.step)
