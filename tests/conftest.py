@@ -97,3 +97,12 @@ def gpt2(folder):
     from nnsight_eager import LanguageModel
 
     return LanguageModel(folder("gpt2"))
+
+
+@pytest.fixture
+def one_torch_thread():
+    """Torch's own threads wait for each other in a busy loop, which takes minutes on a machine that is not idle."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paused import Thing, paused
 
 import nnsight_eager
 from nnsight_eager import NNsight
@@ -15,28 +16,6 @@ from nnsight_eager.coroutine import Closed, Coroutine
 from nnsight_eager.errors import InsideForwardError, InternalError
 
 OUR_FOLDER = str(Path(nnsight_eager.__file__).parent)
-
-
-class Thing:
-    """Something that can be referred to weakly."""
-
-
-def paused(events, name="work"):
-    """A coroutine that is paused and says how it ends."""
-
-    def work():
-        try:
-            coroutine.pause("paused")
-            events.append(f"{name} went on")
-        except Closed:
-            events.append(f"{name} was closed")
-            raise
-        finally:
-            events.append(f"{name} ended")
-
-    coroutine = Coroutine(work)
-    coroutine.resume()
-    return coroutine
 
 
 # Order

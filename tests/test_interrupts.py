@@ -13,6 +13,7 @@ from left_behind import Block, as_before, everything
 import nnsight_eager
 from nnsight_eager import NNsight
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 OUR_FOLDER = str(Path(nnsight_eager.__file__).parent)
 
 
@@ -21,18 +22,17 @@ def model():
     return NNsight(torch.nn.Sequential(Block(), Block()))
 
 
-@pytest.fixture(autouse=True)
-def _one_torch_thread():
-    """Torch's own threads wait for each other in a busy loop, which takes minutes on a machine that is not idle."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def x():
     return torch.randn(2, 3)
+
+
+@pytest.fixture(autouse=True)
+def _python_hears_ctrl_c():
+    """A process started in the background ignores the signal, and Python then leaves it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupt():

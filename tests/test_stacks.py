@@ -7,39 +7,18 @@ import weakref
 from pathlib import Path
 
 from greenlet import greenlet
+from paused import Thing, paused
 
 import nnsight_eager
-from nnsight_eager.coroutine import Closed, Coroutine
+from nnsight_eager.coroutine import Coroutine
 from nnsight_eager.errors import WrongThreadError
 
 OUR_FOLDER = str(Path(nnsight_eager.__file__).parent)
 
 
-class Thing:
-    """Something that can be referred to weakly."""
-
-
 def greenlets():
     gc.collect()
     return [each for each in gc.get_objects() if issubclass(type(each), greenlet) and not each.dead]
-
-
-def paused(events, name="work"):
-    """A coroutine that is paused and says how it ends."""
-
-    def work():
-        try:
-            coroutine.pause("paused")
-            events.append(f"{name} went on")
-        except Closed:
-            events.append(f"{name} was closed")
-            raise
-        finally:
-            events.append(f"{name} ended")
-
-    coroutine = Coroutine(work)
-    coroutine.resume()
-    return coroutine
 
 
 def in_a_thread(function):

@@ -10,6 +10,7 @@ import torch
 from nnsight_eager import NNsight
 from nnsight_eager.errors import OutsideTraceError, WrongThreadError
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 THREADS, TRACES = 8, 100
 
 
@@ -25,15 +26,6 @@ class Net(torch.nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return self.head(x)
-
-
-@pytest.fixture(autouse=True)
-def _one_torch_thread():
-    """The threads are ours; torch's own would only stand in line."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
