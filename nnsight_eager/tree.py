@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .coroutine import without_our_frames
 from .current import current
 from .errors import EditError, OutOfOrderError
 from .paths import path_in, spelled
@@ -60,8 +61,10 @@ class Envoy(Points):
         tree = own["_tree"]
         try:
             return (tree.bound_to or current(tree.root)).ask(own["_module"], kind, own["_path"])
-        except AttributeError as error:
-            own["_raised"] = error  # raised by the model, and taken for a missing property: see `__getattr__`
+        except BaseException as error:
+            if isinstance(error, AttributeError):
+                own["_raised"] = error  # raised by the model, and taken for a missing property: see `__getattr__`
+            error.__traceback__ = without_our_frames(error.__traceback__)
             raise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "run": {"coroutine", "errors", "missed", "nested", "order", "paths", "taps", "visits"},
     "current": {"errors", "run"},
     "points": {"errors", "nested", "paths", "run", "visits"},
-    "tree": {"current", "errors", "paths", "points", "run", "visits"},
+    "tree": {"coroutine", "current", "errors", "paths", "points", "run", "visits"},
     "steps": {"errors", "run"},
     "trace": {"compat", "current", "errors", "paths", "run", "steps", "tree"},
     "model": {"errors", "run", "trace", "tree"},
