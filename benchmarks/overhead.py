@@ -8,7 +8,6 @@ medians. `of bare` is the ratio of totals, `of hooks` the ratio of added times. 
 """
 
 import argparse
-import contextlib
 import os
 import platform
 import statistics
@@ -19,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import tokenizers
 import torch
 import transformers
 
@@ -119,19 +119,25 @@ def generation_ways(module: torch.nn.Module) -> Ways:
         "nnsight_eager": ours,
     }
     if nnsight is not None:
-        peer = nnsight.NNsight(module)
+        peer = nnsight.LanguageModel(module, tokenizer=any_tokenizer())
         peers = list(peer.transformer.h)
 
-        def peer_reads() -> None:
+        def peer_reads() -> object:
             with peer.generate(ids, attention_mask=torch.ones_like(ids), **options) as tracer:
+                seen = nnsight.save([])
                 for _ in tracer.iter[:TOKENS]:
                     for envoy in peers:
-                        envoy.output.save()
+                        seen.append(envoy.output)
+            return seen
 
-        with contextlib.suppress(Exception):  # its generation does not run everywhere
-            peer_reads()
-            ways["nnsight"] = peer_reads
+        ways["nnsight"] = peer_reads
     return ways
+
+
+def any_tokenizer() -> object:
+    """A tokenizer of two words, for a peer that will not do without one."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "word": 1}, unk_token="<pad>"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
 
 
 def print_table(title: str, ways: Ways, rounds: int) -> None:

@@ -56,11 +56,13 @@ class Inputs(NamedTuple):
             raise EmptyInputError("The model was given `None` to run on.", 'Pass a prompt: `model.trace("The Eiffel Tower")`.')
         if isinstance(given, str):
             return self.text([given])
+        if hasattr(given, "__array__"):
+            given = torch.as_tensor(given)
         if isinstance(given, torch.Tensor):
             return self.ids(given)
         if isinstance(given, Mapping):
             return self.chats([[given]]) if is_message(given) else self.encoding(given)
-        if not isinstance(given, Sequence):
+        if not isinstance(given, Sequence) or isinstance(given, (bytes, bytearray)):
             raise _not_an_input(given)
         if not given:
             raise _empty("[]")
@@ -122,6 +124,8 @@ class Inputs(NamedTuple):
 
     def ids(self, ids: torch.Tensor) -> dict[str, Any]:
         """Token ids as a tensor `[seq]` or `[batch, seq]`; floating point is taken for embeddings `[batch, seq, hidden]`."""
+        if not ids.numel():
+            raise _empty(f"a tensor of shape {list(ids.shape)}")
         if ids.is_floating_point():
             return {"inputs_embeds": ids if ids.dim() == 3 else ids.unsqueeze(0)}
         return {"input_ids": ids if ids.dim() > 1 else ids.reshape(1, -1)}

@@ -55,6 +55,17 @@ class Miss(NamedTuple):
             "Ask for as many visits as there are; `tracer.iter[:]` loops until the model ends.",
         )
 
+    def no_longer(self, steps: int | None) -> PointError:
+        """The module runs in other steps than this; `steps` is how many there were, where the model has finished."""
+        happened = (
+            f"the model has finished after {steps} steps" if steps is not None else f"it does not run in step {self.step}"
+        )
+        return self._error(
+            NotReachedError,
+            f"`{self.asked}` does not come any more: {happened}.",
+            "Read it in a step it runs in: inside the loop over the steps, or before it for what runs in the first step only.",
+        )
+
     def never(self) -> PointError:
         """The module does not run."""
         return self._error(

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from .coroutine import OUR_FOLDER, current_stack, inside_forward
-from .errors import EditError, RunEndedError
+from .errors import RunEndedError
 from .missed import Miss
 from .nested import described
 from .order import Order
 from .paths import innermost_module, modules_above, path_in, spelled
 from .taps import put_up, take_down, tap_at
-from .visits import INPUT, OUTPUT, Forward, Kind, RootVisit, Visit
+from .visits import INPUT, OUTPUT, Forward, Kind, RootVisit, Visit, is_compiled, not_compiled, refuse_in_checkpoint
 
 
 class Call(NamedTuple):
@@ -54,12 +54,13 @@ class Edit(NamedTuple):
 class Memory:
     """What the runs of one model leave for the next: the order learned for each kind of call, and ears to use again."""
 
-    __slots__ = ("orders", "visits")
+    __slots__ = ("compiled", "orders", "visits")
 
     def __init__(self) -> None:
         """Nothing has run yet."""
         self.orders: dict[str, Order] = {}
         self.visits: dict[int, Visit] = {}
+        self.compiled = False
 
 
 class Run:
@@ -68,7 +69,6 @@ class Run:
     __slots__ = (
         "__weakref__",
         "_beyond",
-        "_cut_short",
         "_failed_with",
         "_forward",
         "_heard",
@@ -81,6 +81,7 @@ class Run:
         "_step_over",
         "_visits",
         "at",
+        "cut_short",
         "edits",
         "open",
         "root",
@@ -93,7 +94,7 @@ class Run:
         self.open = True
         self.edits: list[Edit] = []
         self._failed_with = ""
-        self._step_over = self._beyond = self._cut_short = False
+        self._step_over = self._beyond = self.cut_short = False
         self._skipped: list[torch.nn.Module] = []
         self._name = call.name
         self._memory = memory
@@ -107,6 +108,7 @@ class Run:
         self._stack = forward.stack
         try:
             if known is None:
+                memory.compiled = any(map(is_compiled, root.modules()))
                 forward.learn(self._order)
                 self._listen_at(root.modules())
             elif known.repeats:
@@ -132,7 +134,7 @@ class Run:
             visit = self._listen(module, visit)
         elif visit.step == forward.step and not further and (not visit.going_on or kind is INPUT or visit.times > 1):
             self._missed(visit, kind, path, at)
-        if forward.finished or (self._step_over and not further):
+        if forward.finished or (self._step_over and not further) or (at is not None and at.skipped and _within(module, at)):
             self._missed(visit, kind, path, at, further)
         if kind is OUTPUT:
             visit.stop_after = True
@@ -233,7 +235,7 @@ class Run:
                 f"This run has ended: its forward pass raised `{self._failed_with}`.",
                 "Open a new trace to run the model again.",
             )
-        if self._cut_short:
+        if self.cut_short:
             raise RunEndedError(
                 "This run was closed before its end, so it has no result.", "Open a new trace to run the model."
             )
@@ -246,7 +248,7 @@ class Run:
         """End the run wherever it is; afterwards the model is as it was."""
         if not self.open:
             return
-        self._cut_short = not self._forward.finished
+        self.cut_short = not self._forward.finished
         try:
             self._end()
         except BaseException:  # Ctrl-C on the way, or what a `finally` block of the model raised: the rest has to be done still
@@ -262,7 +264,7 @@ class Run:
         self._forward.close()
         if self._forward.finished:  # else a frame of it waits on another thread, and uses its ears
             for visit in self._put_up:
-                if self._cut_short:
+                if self.cut_short or visit.going_on:
                     visit.rest()
                 visit.forward = None
                 if visit.spent:
@@ -305,7 +307,8 @@ class Run:
         """An ear for `module`, which later runs use again."""
         if not self.open:
             raise RunEndedError("This run has ended.", "Read points inside the `with` block, or open a new trace.")
-        visit = tap_at(RootVisit() if module is self.root else Visit(), module)
+        kind = RootVisit if module is self.root else Visit
+        visit = tap_at(not_compiled(kind)() if self._memory.compiled else kind(), module)
         visit.rest()
         self._visits[id(module)] = visit  # whole before it is kept: Ctrl-C may come between any two lines
         return visit
@@ -330,7 +333,9 @@ class Run:
         for skipped in self._skipped:
             if module is not skipped and any(each is module for each in skipped.modules()):
                 raise miss.skipped(path_in(self.root, skipped))
-        if self._forward.order is None and not self._beyond and self._order.runs(module, step):
+        if self._order.runs(module) and (self._beyond or not self._order.runs(module, step)):
+            raise miss.no_longer(self._forward.step if self._beyond else None)
+        if self._forward.order is None and self._order.runs(module, step):
             raise miss.passed()
         raise miss.never()
 
@@ -351,15 +356,9 @@ class Run:
             error.add_note(f"Edited before: {edit}")
 
 
-def refuse_in_checkpoint(frame: FrameType | None, point: str) -> None:
-    """Raise where the paused forward will be computed again for its gradient, without the edit."""
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            raise EditError(
-                f"`{point}` is inside gradient checkpointing: its forward is computed again for the gradient, unedited.",
-                "Call `gradient_checkpointing_disable()` on the model first, or edit the checkpointed module as a whole.",
-            )
-        frame = frame.f_back
+def _within(module: torch.nn.Module, skipped: Visit) -> bool:
+    """Whether `module` lies inside the one whose forward is left out."""
+    return module is not skipped.module and any(each is module for each in skipped.module.modules())
 
 
 def user_frame(depth: int = 1) -> FrameType:

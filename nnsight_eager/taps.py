@@ -25,7 +25,6 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T", bound="Tap")
 
 ABSENT: Final = object()
@@ -58,7 +57,7 @@ class Tap:
         """Call the forward of the module this call is for, unheard; only a tap's `__call__` calls this."""
         forward = self.__wrapped__
         if self._original is ABSENT:
-            called = _module_called(sys._getframe(2))
+            called = _module_called(_torch_frame(sys._getframe(1)))
             # A shallow copy (a `DataParallel` replica) shares this very tap with the module it was copied from.
             if called is not None and called is not self.module and isinstance(called.__dict__.get("forward"), Tap):
                 forward = MethodType(type(called).forward, called)
@@ -160,13 +159,6 @@ class Tap:
         return () if original is ABSENT else (original,)
 
 
-# The compiler neither traces into a tap nor compiles it: it breaks its graph there and calls the tap as it is.
-def not_compiled(call: F) -> F:
-    """Mark a tap's `__call__` as code the compiler leaves alone, without importing the compiler."""
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return call
-
-
 def _silent(module: torch.nn.Module, *original: Any) -> Tap:
     """What the copy of a tapped module gets in its `forward`: it passes one call through, and is gone."""
     tap = Tap()
@@ -210,9 +202,14 @@ def take_down(taps: Iterable[Tap]) -> None:
 
 def _called_with_hooks(module: torch.nn.Module, frame: FrameType | None) -> bool:
     """Whether this forward was called by `module.__call__`, which runs the hooks; a direct `.forward()` does not."""
+    return _module_called(_torch_frame(frame)) is module
+
+
+def _torch_frame(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame that calls a module."""
     while frame is not None and frame.f_globals is not torch_module.__dict__:
         frame = frame.f_back
-    return _module_called(frame) is module
+    return frame
 
 
 def _only_records(hook: Any) -> bool:

@@ -121,8 +121,8 @@ class Trace:
             state = "not begun"
         elif run.at is not None:
             state = f"paused at {spelled(path_in(run.root, run.at.module), run.at.kind)}, step {run.step}"
-        elif run.finished:
-            state = "finished"
+        elif not run.open:
+            state = "closed" if run.cut_short else "finished"
         else:
-            state = "at the start" if run.open else "closed"
+            state = "finished" if run.finished else "at the start"
         return f"<{self._call.name} of {type(self._tree.root).__name__}: {state}>"

@@ -20,6 +20,12 @@ from .run import Memory, Run
 from .visits import INPUT, OUTPUT, Kind, Visit
 
 
+def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
+    """A module's children by name; a scripted module keeps them in a container of its own."""
+    own = module._modules
+    return own if isinstance(own, dict) else dict(own.items())
+
+
 class Tree:
     """What all envoys of one model share: its root, what its runs remember, and the run they are bound to, if any."""
 
@@ -86,14 +92,15 @@ class Envoy(Points):
             self._tree.root = module
             self._tree.memory = Memory()
         for name, child in self._children.items():
-            if name in module._modules:
-                child._point_at(module._modules[name])  # type: ignore[arg-type]
+            below = children(module).get(name)
+            if below is not None:
+                child._point_at(below)
 
     # The module's own structure
 
     def _child(self, name: str) -> "Envoy":
         """The child called `name`; looked up each time, since a model's modules can be exchanged."""
-        module = self._module._modules[name]
+        module = children(self._module)[name]
         assert module is not None
         child = self._children.get(name)
         if child is None or child._module is not module:
@@ -105,7 +112,7 @@ class Envoy(Points):
         return Envoy(module, path, tree)
 
     def _has_child(self, name: str) -> bool:
-        return self.__dict__["_module"]._modules.get(name) is not None
+        return children(self.__dict__["_module"]).get(name) is not None
 
     def __getattr__(self, name: str) -> Any:
         # IPython probes underscored names on everything it shows.
@@ -167,7 +174,7 @@ class Envoy(Points):
                     raise KeyError(envoy._unknown(name))
                 envoy = envoy._child(name)
             return envoy
-        names = list(self._module._modules)
+        names = list(children(self._module))
         if isinstance(key, slice):
             return [self._child(name) for name in names[key]]
         try:
@@ -182,15 +189,15 @@ class Envoy(Points):
         return True
 
     def __iter__(self) -> Iterator[Any]:
-        modules = {id(module): name for name, module in self._module._modules.items()}
+        modules = {id(module): name for name, module in children(self._module).items()}
         for each in self._module:  # type: ignore[attr-defined]
             yield self._child(modules[id(each)]) if id(each) in modules else each
 
     def __contains__(self, key: object) -> bool:
-        return key in self._module._modules
+        return key in children(self._module)
 
     def __dir__(self) -> list[str]:
-        taken = (f"{name}_" for name in self._module._modules if hasattr(type(self), name))
+        taken = (f"{name}_" for name in children(self._module) if hasattr(type(self), name))
         return sorted({*super().__dir__(), *dir(self._module), *taken})
 
     def __repr__(self) -> str:

@@ -4,14 +4,21 @@ Everything here may lie on the model's stack while it is paused. So nothing here
 would otherwise keep itself alive.
 """
 
+import sys
+import types
 from collections.abc import Callable
+from functools import cache
+from types import FrameType
 from typing import Any, Final, Literal
 
 import torch
 
 from .coroutine import Coroutine, current_stack
+from .errors import EditError
+from .nested import tensors
 from .order import Order
-from .taps import Tap, global_forward_hooks, not_compiled
+from .taps import Tap, global_forward_hooks
+from .torch_state import grad_enabled, top_saved_tensor_hooks
 
 Kind = Literal["input", "output"]
 INPUT: Final = "input"
@@ -24,7 +31,7 @@ class Forward(Coroutine):
     `awaited`: somebody waits for a point of this step, so its end has to be told. `stop_at`: the step before which to pause.
     """
 
-    __slots__ = ("around", "awaited", "order", "step", "stop_at", "watched")
+    __slots__ = ("around", "awaited", "differentiable", "order", "step", "stop_at", "watched")
 
     def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """A run that is to be learned from sets `order`; `around` is then the calls in progress."""
@@ -35,6 +42,7 @@ class Forward(Coroutine):
         self.stop_at: int | None = None
         self.order: Order | None = None
         self.around: list[torch.nn.Module] = []
+        self.differentiable = grad_enabled()
 
     def learn(self, order: Order) -> None:
         """Note into `order` what is called."""
@@ -52,14 +60,15 @@ class Visit(Tap):
     all runs, so that a read makes no object.
     """
 
-    __slots__ = ("args", "forward", "going_on", "kind", "kwargs", "skipped", "step", "stop_after", "stop_before", "times",
-        "value", "versions")  # fmt: skip
+    __slots__ = ("args", "depth", "forward", "going_on", "kind", "kwargs", "skipped", "step", "stop_after", "stop_before",
+        "times", "value", "versions")  # fmt: skip
 
     forward: Forward | None  # whose ear this is, while it is put up
     step: int  # the step of the last call
     times: int  # how often the module was called in that step
     stop_before: bool
     stop_after: bool
+    depth: int  # how many calls of the module are going on around the one that is heard: it may call itself
     going_on: bool  # a call is in progress, and what follows is of it
     kind: Kind
     args: tuple[Any, ...]
@@ -72,9 +81,8 @@ class Visit(Tap):
         """Refer to no run and to no call."""
         self.forward = self.value = self.versions = self.args = self.kwargs = None  # type: ignore[assignment]
         self.going_on = self.stop_before = self.stop_after = self.skipped = False
-        self.step, self.times = -1, 0
+        self.step, self.times, self.depth = -1, 0, 0
 
-    @not_compiled
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """One call of the module."""
         # The hot path of every read: what is looked at and called here costs as much as the switch.
@@ -117,7 +125,7 @@ class Visit(Tap):
             forward.around.append(self.module)
         if self.stop_before:
             self.stop_before = False
-            forward.pause(self)
+            self._pause(forward, (self.args, self.kwargs))
             self.versions = versions(self.args, self.kwargs)  # an edit at the input is what the module receives
 
     def _leave(self, value: Any) -> Any:
@@ -128,10 +136,21 @@ class Visit(Tap):
             self.stop_after = False
             self.kind = OUTPUT
             self.value = value
-            forward.pause(self)
+            self._pause(forward, value)
             value = self.value
         self._forget(forward)
         return value
+
+    def _pause(self, forward: Forward, held: Any) -> None:
+        """Pause here; what was changed in place meanwhile is refused where it would not reach the gradient."""
+        if not forward.differentiable or (grad_enabled() and top_saved_tensor_hooks(True) is None):
+            forward.pause(self)
+            return
+        # Checkpointing runs its region without grad, or under hooks that keep its tensors out.
+        before = [each._version for each in tensors(held) if not each.is_inference()]
+        forward.pause(self)
+        if before != [each._version for each in tensors(held) if not each.is_inference()]:
+            refuse_in_checkpoint(sys._getframe(), f"{type(self.module).__name__}.{self.kind}")
 
     def _forget(self, forward: Forward) -> None:
         """The call is over; nothing of it is kept."""
@@ -142,13 +161,20 @@ class Visit(Tap):
 
     def _inside_itself(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a module whose forward is going on: a visit of its own, after which the outer one goes on."""
-        outer = self.args, self.kwargs, self.versions
+        forward = self.forward
+        outer = self.args, self.kwargs, self.versions, self.times
+        # Who plainly asked for the output asked for the first visit's, which is the outer one.
+        awaited = self.stop_after and forward is not None and forward.awaited
+        self.stop_after = self.stop_after and not awaited
         self.going_on = False
+        self.depth += 1
         try:
             return self(*args, **kwargs)
         finally:
+            self.depth -= 1
             self.going_on, self.kind = True, INPUT
-            self.args, self.kwargs, self.versions = outer
+            self.args, self.kwargs, self.versions, self.times = outer
+            self.stop_after = self.stop_after or awaited
 
     def inputs_unchanged(self) -> bool:
         """Whether the inputs still hold what the module received, told by the tensors' version counters."""
@@ -171,10 +197,34 @@ class RootVisit(Visit):
         forward = self.forward
         assert forward is not None
         value = Visit._leave(self, value)
-        if forward.awaited:
-            forward.pause(None)  # at no visit
-        forward.step += 1
+        if not self.depth:
+            if forward.awaited:
+                forward.pause(None)  # at no visit
+            forward.step += 1
         return value
+
+
+@cache
+def not_compiled(kind: type[Visit]) -> type[Visit]:
+    """The same ear where the compiler is at work: it breaks its graph at the ear, and leaves alone what runs while paused."""
+    call = torch._dynamo.disable(kind.__call__)  # type: ignore[no-untyped-call]
+    return types.new_class("NotCompiled", (kind,), exec_body=lambda names: names.update(__slots__=(), __call__=call))
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether calls of the module go through the compiler."""
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def refuse_in_checkpoint(frame: FrameType | None, point: str) -> None:
+    """Raise where the forward at `frame` will be computed again for its gradient, without the edit."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            raise EditError(
+                f"`{point}` is inside gradient checkpointing: its forward is computed again for the gradient, unedited.",
+                "Call `gradient_checkpointing_disable()` on the model first, or edit the checkpointed module as a whole.",
+            )
+        frame = frame.f_back
 
 
 def versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "compat": set(),
     "coroutine": {"errors", "fence", "torch_state"},
     "taps": {"coroutine"},
-    "visits": {"coroutine", "order", "taps"},
+    "visits": {"coroutine", "errors", "nested", "order", "taps", "torch_state"},
     "paths": set(),
     "missed": {"errors", "paths"},
     "run": {"coroutine", "errors", "missed", "nested", "order", "paths", "taps", "visits"},

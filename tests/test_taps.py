@@ -13,13 +13,12 @@ from tapped import Scaled, entries
 
 from nnsight_eager import NNsight
 from nnsight_eager.coroutine import current_stack
-from nnsight_eager.taps import Tap, not_compiled, put_up, take_down, tap_at
+from nnsight_eager.taps import Tap, put_up, take_down, tap_at
 
 
 class Doubled(Tap):
     """Hears its module's calls and doubles what they give."""
 
-    @not_compiled
     def __call__(self, /, *args, **kwargs):
         if current_stack() is not self.stack:
             return self.pass_through(args, kwargs)
