@@ -2,15 +2,20 @@
 
 python benchmarks/overhead.py [--rounds N]
 
-Every round runs each way once, one after another, so that a slow moment of the machine hits all of them; the table gives
-medians. `of bare` is the ratio of totals, `of hooks` the ratio of added times. nnsight takes part where it is installed
-(`pip install nnsight==0.8.1`).
+Every round runs each way in random order, so that a slow moment of the machine hits all of them, and twice, of which the
+second is timed; the table gives medians. `of bare` is the ratio of totals, `of hooks` the ratio of added times. nnsight takes
+part where it is installed (`pip install nnsight==0.8.1`), in a process of its own with the same baselines: it changes
+`object` at every trace, which empties CPython's type caches and slows everything else in its process.
 """
 
 import argparse
+import importlib.util
 import os
 import platform
+import random
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -28,10 +33,9 @@ LAYERS = 12
 TOKENS = 20
 Ways = dict[str, Callable[[], object]]
 
-try:
+PEER = "--peer" in sys.argv
+if PEER:
     import nnsight
-except ImportError:
-    nnsight = None
 
 
 def median_times(ways: Ways, rounds: int) -> dict[str, float]:
@@ -39,8 +43,12 @@ def median_times(ways: Ways, rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         way()
+    order = list(ways.items())
+    shuffle = random.Random(0).shuffle
     for _ in range(rounds):
-        for name, way in ways.items():
+        shuffle(order)
+        for name, way in order:
+            way()  # untimed: a way does not pay for what the one before has left
             start = time.perf_counter()
             way()
             times[name].append(time.perf_counter() - start)
@@ -75,14 +83,8 @@ def forward_ways(module: torch.nn.Module, path: str, **inputs: object) -> Ways:
         with twin.trace(*args, **inputs):
             return [envoy.output for envoy in envoys]
 
-    ways: Ways = {
-        "bare forward": bare,
-        "wrapped, idle": bare,
-        "empty trace": empty,
-        "plain hooks": lambda: with_hooks(layers, bare),
-        "nnsight_eager": ours,
-    }
-    if nnsight is not None:
+    ways: Ways = {"bare forward": bare, "plain hooks": lambda: with_hooks(layers, bare)}
+    if PEER:
         peer = nnsight.NNsight(module)
         peers = list(peer.get(path) if path else peer)
 
@@ -95,8 +97,8 @@ def forward_ways(module: torch.nn.Module, path: str, **inputs: object) -> Ways:
                 for envoy in peers:
                     envoy.output.save()
 
-        ways |= {"nnsight, empty trace": peer_empty, "nnsight": peer_reads}
-    return ways
+        return ways | {"nnsight, empty trace": peer_empty, "nnsight": peer_reads}
+    return ways | {"wrapped, idle": bare, "nnsight_eager, empty trace": empty, "nnsight_eager": ours}
 
 
 def generation_ways(module: torch.nn.Module) -> Ways:
@@ -113,12 +115,8 @@ def generation_ways(module: torch.nn.Module) -> Ways:
         with twin.generate(ids, attention_mask=torch.ones_like(ids), **options) as tracer:
             return [envoy.output for _ in tracer.iter[:] for envoy in envoys]
 
-    ways: Ways = {
-        "bare generation": bare,
-        "plain hooks": lambda: with_hooks(list(module.transformer.h), bare),
-        "nnsight_eager": ours,
-    }
-    if nnsight is not None:
+    ways: Ways = {"bare generation": bare, "plain hooks": lambda: with_hooks(list(module.transformer.h), bare)}
+    if PEER:
         peer = nnsight.LanguageModel(module, tokenizer=any_tokenizer())
         peers = list(peer.transformer.h)
 
@@ -130,8 +128,8 @@ def generation_ways(module: torch.nn.Module) -> Ways:
                         seen.append(envoy.output)
             return seen
 
-        ways["nnsight"] = peer_reads
-    return ways
+        return ways | {"nnsight": peer_reads}
+    return ways | {"nnsight_eager": ours}
 
 
 def any_tokenizer() -> object:
@@ -166,12 +164,14 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2000, help="rounds of the smallest case; the others take fewer")
+    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     rounds = parser.parse_args().rounds
     warnings.filterwarnings("ignore", module="nnsight")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     packages = ", ".join(map(installed, ("torch", "transformers", "greenlet", "nnsight")))
-    print(f"{platform.machine()}, Python {platform.python_version()}, 1 thread; {packages}")
+    if not PEER:
+        print(f"{platform.machine()}, Python {platform.python_version()}, 1 thread; {packages}")
     mlp = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(LAYERS)]).eval()
     config = transformers.GPT2Config(n_layer=LAYERS, n_embd=768, n_head=12, vocab_size=50257)
     gpt2 = transformers.GPT2LMHeadModel(config).eval()
@@ -182,6 +182,9 @@ def main() -> None:
         print_table(title, forward_ways(gpt2, "transformer.h", input_ids=torch.arange(10)[None]), max(rounds // 40, 3))
         title = f"Every layer's output at each of {TOKENS} generated tokens of the same GPT-2"
         print_table(title, generation_ways(gpt2), max(rounds // 200, 3))
+    if not PEER and importlib.util.find_spec("nnsight"):
+        print("\nThe same in a process with nnsight, against its own baselines", flush=True)
+        subprocess.run([sys.executable, __file__, "--peer", f"--rounds={rounds}"], check=True)
 
 
 if __name__ == "__main__":
