@@ -134,7 +134,11 @@ class Run:
             visit = self._listen(module, visit)
         elif visit.step == forward.step and not further and (not visit.going_on or kind is INPUT or visit.times > 1):
             self._missed(visit, kind, path, at)
-        if forward.finished or (self._step_over and not further) or (at is not None and at.skipped and _within(module, at)):
+        if (
+            forward.finished
+            or (self._step_over and not further)
+            or (at is not None and at.skipped and self._left_out(module, at))
+        ):
             self._missed(visit, kind, path, at, further)
         if kind is OUTPUT:
             visit.stop_after = True
@@ -339,6 +343,11 @@ class Run:
             raise miss.passed()
         raise miss.never()
 
+    def _left_out(self, module: torch.nn.Module, skipped: Visit) -> bool:
+        """Whether `module` lies inside one that is skipped and, as far as known, not called again in this step."""
+        once = self._forward.order is None and id(skipped.module) not in self._order.repeats
+        return once and module is not skipped.module and any(each is module for each in skipped.module.modules())
+
     def _stopped(self, error: BaseException, at: Visit | None, awaited: Visit | None = None) -> None:
         """The forward has raised, or would not go on: note on the error what was running and what had been edited."""
         if awaited is not None:
@@ -354,11 +363,6 @@ class Run:
             error.add_note(f"The model was running `{spelled(path_in(self.root, module))}`.")
         for edit in self.edits:
             error.add_note(f"Edited before: {edit}")
-
-
-def _within(module: torch.nn.Module, skipped: Visit) -> bool:
-    """Whether `module` lies inside the one whose forward is left out."""
-    return module is not skipped.module and any(each is module for each in skipped.module.modules())
 
 
 def user_frame(depth: int = 1) -> FrameType:

@@ -230,6 +230,7 @@ def passed(by_hand):
 @any_program
 @given(trees, actions, st.integers(0, 100))
 @example(("sequential", ["shared", "linear", "shared"]), [*[None] * 5, "read"], 3)  # between two visits
+@example(("twice", ("residual", "linear")), [None, None, "skip", None, None, "read"], 0)  # skipped once, then run
 @example(("twice", ("sequential", ["linear", "linear"])), [*[None] * 8, "skip"], 16)  # run once, then inside what is skipped
 def test_a_point_that_has_passed_is_an_error_at_its_line_and_the_run_goes_on(tree, plan, which):
     root, leaf = grown(tree)
