@@ -7,8 +7,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# A fixed seed where a change is judged, a fresh one wherever somebody works on it.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("fixed")
 
 TEXT = [
     "The Eiffel Tower is in the city of Paris, and the Colosseum is in the city of Rome.",
