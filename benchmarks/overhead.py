@@ -4,8 +4,8 @@ python benchmarks/overhead.py [--rounds N]
 
 Every round runs each way in random order, so that a slow moment of the machine hits all of them, and twice, of which the
 second is timed; the table gives medians. `of bare` is the ratio of totals, `of hooks` the ratio of added times. nnsight takes
-part where it is installed (`pip install nnsight==0.8.1`), in a process of its own with the same baselines: it changes
-`object` at every trace, which empties CPython's type caches and slows everything else in its process.
+part where it is installed (`pip install nnsight==0.8.1`), in a process of its own with the same baselines: where it was
+imported and traced, a bare forward took 12 % longer and our reads 30 %.
 """
 
 import argparse
