@@ -9,63 +9,30 @@ with model.trace("The Eiffel Tower is in the city of"):
     logits = model.lm_head.output
 """
 
-from .compat import add_save_to_tensors
-from .compat import save as save
+from .compat import add_save_to_tensors, save as save
 from .errors import (
+    BatchError as BatchError,
     ChangedInPlaceError as ChangedInPlaceError,
-)
-from .errors import (
+    DeadlockError as DeadlockError,
     EditError as EditError,
-)
-from .errors import (
     EmptyInputError as EmptyInputError,
-)
-from .errors import (
     InputError as InputError,
-)
-from .errors import (
     InsideForwardError as InsideForwardError,
-)
-from .errors import (
     InternalError as InternalError,
-)
-from .errors import (
+    InvokeError as InvokeError,
     LoadError as LoadError,
-)
-from .errors import (
     MaskError as MaskError,
-)
-from .errors import (
     NnsightEagerError as NnsightEagerError,
-)
-from .errors import (
     NotReachedError as NotReachedError,
-)
-from .errors import (
     OutOfOrderError as OutOfOrderError,
-)
-from .errors import (
     OutsideTraceError as OutsideTraceError,
-)
-from .errors import (
     PaddingError as PaddingError,
-)
-from .errors import (
     PointError as PointError,
-)
-from .errors import (
+    RowsError as RowsError,
     RunEndedError as RunEndedError,
-)
-from .errors import (
     RunError as RunError,
-)
-from .errors import (
     StepError as StepError,
-)
-from .errors import (
     TokenizerMissingError as TokenizerMissingError,
-)
-from .errors import (
     WrongThreadError as WrongThreadError,
 )
 from .language import LanguageModel as LanguageModel

@@ -6,17 +6,21 @@ NnsightEagerError
 │   ├── NotReachedError       the run does not come by it
 │   ├── OutsideTraceError     no run is open
 │   ├── InsideForwardError    the forward pass itself asked
-│   └── ChangedInPlaceError   it was overwritten meanwhile
+│   ├── ChangedInPlaceError   it was overwritten meanwhile
+│   └── RowsError             an invoke's rows in it cannot be told
 ├── RunError                  the run cannot do what is asked of it
 │   ├── RunEndedError         it is over
 │   ├── WrongThreadError      it is paused on another thread
 │   ├── EditError             it cannot take this edit
-│   └── StepError             it has no such step
+│   ├── StepError             it has no such step
+│   ├── InvokeError           its invokes cannot be run as they are written
+│   └── DeadlockError         its invokes wait for each other
 ├── InputError                what the model was given cannot be run
 │   ├── EmptyInputError       there is nothing in it
 │   ├── TokenizerMissingError text, and nothing to tokenize it with
 │   ├── PaddingError          several lengths, and nothing to pad them with
-│   └── MaskError             a mask that does not fit
+│   ├── MaskError             a mask that does not fit
+│   └── BatchError            several inputs that do not go into one batch
 ├── LoadError                 a model cannot be loaded
 └── InternalError             our bug: please report it
 
@@ -66,6 +70,10 @@ class ChangedInPlaceError(PointError):
     """The module has changed its input in place, and what it received is gone."""
 
 
+class RowsError(PointError):
+    """A value in which the rows of an invoke cannot be told, or that it shares with others and cannot change."""
+
+
 class RunError(NnsightEagerError):
     """The run cannot do what is asked of it."""
 
@@ -86,6 +94,14 @@ class StepError(RunError):
     """The run has no such step, or has passed it."""
 
 
+class InvokeError(RunError):
+    """The invokes of a trace cannot be run as they are written."""
+
+
+class DeadlockError(RunError):
+    """The invokes of a trace wait for each other, and none can go on."""
+
+
 class InputError(NnsightEagerError):
     """What the model was given cannot be run."""
 
@@ -104,6 +120,10 @@ class PaddingError(InputError):
 
 class MaskError(InputError):
     """The attention mask does not fit the input."""
+
+
+class BatchError(InputError):
+    """The inputs of several invokes do not go into one batch."""
 
 
 class LoadError(NnsightEagerError):

@@ -12,13 +12,17 @@ from typing import Any, Final
 
 import torch
 from torch import _C
-from torch.overrides import _get_current_function_mode_stack as function_modes
-from torch.overrides import _pop_mode as pop_function_mode
-from torch.overrides import _push_mode as push_function_mode
+from torch.overrides import (
+    _get_current_function_mode_stack as function_modes,
+    _pop_mode as pop_function_mode,
+    _push_mode as push_function_mode,
+)
 from torch.utils import _device as default_device
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
-from torch.utils._python_dispatch import _pop_mode as pop_dispatch_mode
-from torch.utils._python_dispatch import _push_mode as push_dispatch_mode
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack as dispatch_modes,
+    _pop_mode as pop_dispatch_mode,
+    _push_mode as push_dispatch_mode,
+)
 
 # The hot path is `in_force`, a dozen C calls. Bound here, each costs a global look-up instead of a chain of attributes.
 grad_enabled: Final = torch.is_grad_enabled

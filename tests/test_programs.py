@@ -4,8 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
 
 from nnsight_eager import NNsight
 from nnsight_eager.errors import ChangedInPlaceError, NotReachedError, OutOfOrderError
