@@ -1,0 +1,171 @@
+"""The body of a `with` block, found from the running frame and compiled to run later.
+
+    found = find(frame)                                # while the frame is inside the `__enter__` of a `with` item
+    FunctionType(found.body.code, names)()             # what the body would have done, its names looked up in `names`
+
+The statement is found by the position of the running instruction, never by searching lines. Where the text does not fit the
+running code (a file edited since), nothing is guessed: the block is refused.
+"""
+
+import ast
+import dis
+import functools
+import inspect
+import linecache
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Any, Final, NamedTuple
+
+from .errors import InvokeError
+from .rewriting import DELETED, Scope, as_function, declared_global, leaving, names_of
+
+Span = tuple[int | None, int | None, int | None, int | None]
+
+ENTERED: Final = "(entered)"
+"""The name under which a target block finds what the item has entered: no identifier looks like this."""
+
+# What the compiler may find in a rewritten body and not in the original: `True` marks a deleted name.
+ADDED: Final[frozenset[Any]] = frozenset({(bool, "True"), (type(None), "None")})
+
+
+class Block(NamedTuple):
+    """Statements compiled to run on their own, and their names."""
+
+    code: CodeType
+    loads: frozenset[str]  # what they may look up
+    stores: frozenset[str]  # what they bind or delete
+    deletes: frozenset[str]
+    globals: frozenset[str]  # what they declare `global`
+
+
+class Statement(NamedTuple):
+    """What one item of a `with` statement does: store the value of `ENTERED` in its target, then run the body."""
+
+    target: Block | None
+    body: Block
+
+
+def find(frame: FrameType) -> Statement:
+    """The `with` item that `frame` is entering; `InvokeError` where it cannot be had, or its body cannot run later."""
+    code = frame.f_code
+    found = _found(code, code.co_filename, frame.f_lasti, _source(frame))
+    mixed = found.body.globals.intersection(local_names(code) or ())
+    if mixed:
+        raise refused(f"it uses `{min(mixed)}` both as a global name and as a local one")
+    return found
+
+
+def refused(reason: str) -> InvokeError:
+    """The error for a block that cannot be taken; it names the forms that need no source."""
+    return InvokeError(
+        f"The block of this `tracer.invoke(...)` cannot be run in the shared forward pass: {reason}.",
+        "Write it as a function, `@tracer.invoke(...)` above `def body():`, or give every invoke a forward pass of its own "
+        "with `model.trace(batched=False)`.",
+    )
+
+
+def local_names(code: CodeType) -> frozenset[str] | None:
+    """The variables of a function; `None` for a module, a cell or a class, whose names are in a dictionary."""
+    if not code.co_flags & inspect.CO_OPTIMIZED:
+        return None
+    return frozenset((*code.co_varnames, *code.co_cellvars, *code.co_freevars))
+
+
+def _source(frame: FrameType) -> str:
+    """The text of the file, or cell, the frame's code was compiled from."""
+    filename = frame.f_code.co_filename
+    linecache.checkcache(filename)
+    text = "".join(linecache.getlines(filename, frame.f_globals))
+    if not text:
+        raise refused(f"there is no source to be had for {filename!r}")
+    return text
+
+
+@functools.lru_cache(maxsize=256)
+def _found(code: CodeType, filename: str, instruction: int, text: str) -> Statement:
+    """The block behind an instruction; `filename` tells equal code in two notebook cells apart."""
+    span = tuple([*code.co_positions()][instruction // 2])
+    if None in span:
+        raise refused("Python runs without source positions (`-X no_debug_ranges`)")
+    if dis.opname[code.co_code[instruction]] != "BEFORE_WITH":
+        raise refused("it was not entered by a `with` statement")
+    try:
+        tree = _parsed(text, filename)
+    except (SyntaxError, ValueError):
+        raise _stale(filename) from None
+    for node, above in _statements(tree):
+        for number, item in enumerate(node.items):
+            # 3.13 gives the item's own expression, earlier versions the whole statement for each of its items.
+            if span == _span(item.context_expr) or (span == _span(node) and number == _item(code, instruction, node)):
+                return _compiled(code, filename, node, number, above)
+    raise _stale(filename)
+
+
+def _stale(filename: str) -> InvokeError:
+    return refused(f"{filename!r} no longer holds the code that is running")
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(text: str, filename: str) -> ast.Module:
+    return ast.parse(text, filename)
+
+
+def _statements(node: ast.AST, above: tuple[Scope, ...] = ()) -> Iterator[tuple[ast.With, tuple[Scope, ...]]]:
+    """Every `with` statement below `node`, and the scopes around it."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.With):
+            yield child, above
+        yield from _statements(child, (*above, child) if isinstance(child, Scope) else above)
+
+
+def _span(node: ast.expr | ast.stmt) -> Span:
+    return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
+
+
+def _item(code: CodeType, instruction: int, node: ast.With) -> int:
+    """Which item of its statement an instruction enters: the statement may occur twice, as a `finally` block does."""
+    spans = [*code.co_positions()]
+    entering = [
+        each.offset
+        for each in dis.get_instructions(code)
+        if each.opname == "BEFORE_WITH" and tuple(spans[each.offset // 2]) == _span(node)
+    ]
+    return entering.index(instruction) % len(node.items)
+
+
+def _compiled(code: CodeType, filename: str, node: ast.With, number: int, above: tuple[Scope, ...]) -> Statement:
+    """The `as` target of the item and its body, to which later items belong."""
+    item, later = node.items[number], node.items[number + 1 :]
+    body: list[ast.stmt] = node.body
+    if later:
+        body = [ast.copy_location(ast.With(items=later, body=node.body), later[0].context_expr)]
+    leaves = next(leaving(body), None)
+    if leaves:
+        raise refused(f"it contains `{leaves}`, which would leave the code around it")
+    owner = next((each.name for each in reversed(above) if isinstance(each, ast.ClassDef)), None)
+    stores: list[ast.stmt] = []
+    if item.optional_vars is not None:
+        value = ast.copy_location(ast.Name(ENTERED, ast.Load()), item.optional_vars)
+        stores = [ast.copy_location(ast.Assign(targets=[item.optional_vars], value=value), item.optional_vars)]
+    try:
+        target, rest = (_block(statements, code, filename, owner) for statements in (stores, body))
+    except SyntaxError as error:
+        raise refused(f"as a function of its own it does not compile ({error.msg})") from None
+    if not _facts(rest.code) <= _facts(code):
+        raise _stale(filename)
+    return Statement(target if stores else None, rest)
+
+
+def _block(body: list[ast.stmt], code: CodeType, filename: str, owner: str | None) -> Block:
+    """Statements of `code`, compiled to run on their own."""
+    compiled = as_function(body or [ast.Pass(lineno=1, col_offset=0, end_lineno=1, end_col_offset=0)], code, filename, owner)
+    return Block(compiled, *names_of(compiled), declared_global(body))
+
+
+def _facts(code: CodeType) -> set[Any]:
+    """Every name and constant in compiled code: a text that has changed since does not have the same."""
+    names = (*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars)
+    facts: set[Any] = {name for name in names if not name.endswith(DELETED)}
+    for constant in code.co_consts:
+        facts |= _facts(constant) if isinstance(constant, CodeType) else {(type(constant), repr(constant))}
+    return facts - ADDED
