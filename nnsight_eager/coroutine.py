@@ -17,7 +17,7 @@ Each side keeps its own torch settings; both share their context variables.
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,11 @@ class Coroutine:
             self._start()
         assert self._stack is not None
         return self._stack.greenlet
+
+    @property
+    def begun(self) -> bool:
+        """Whether the function has been called."""
+        return self._call is None
 
     @property
     def frame(self) -> FrameType | None:
@@ -327,6 +332,18 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+
+def frames() -> Iterator[FrameType]:
+    """The frames on this stack from the caller's on, then those on the stack that resumed it, to the outermost."""
+    frame: FrameType | None = sys._getframe(1)
+    stack: greenlet | None = getcurrent()
+    while stack is not None:
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
+        stack = stack.parent
+        frame = None if stack is None else stack.gr_frame
 
 
 def inside_forward() -> InsideForwardError:

@@ -9,30 +9,38 @@ threads and asyncio tasks are apart. The context alone would be wrong for genera
 """
 
 import contextlib
-import sys
 import weakref
 from contextvars import ContextVar
-from types import FrameType
+from typing import Any, Protocol
 
 import torch
 
+from .coroutine import frames
 from .errors import OutsideTraceError
 from .run import Run, user_frame
+
+
+class Open(Protocol):
+    """What points may belong to: a run, or what stands in its place until it begins."""
+
+    root: torch.nn.Module
+    open: bool
+
 
 # A frame told apart by its address and its code: a run that held its frame could be freed only together with it.
 Frames = tuple[tuple[int, int], ...]
 
 # The open runs of this context, outermost first, each with the frames that opened it. Weak: a run that is left behind is freed.
-_entered: ContextVar[tuple[tuple[weakref.ref[Run], Frames], ...]] = ContextVar("nnsight_eager_runs", default=())
+_entered: ContextVar[tuple[tuple[weakref.ref[Any], Frames], ...]] = ContextVar("nnsight_eager_runs", default=())
 
 
-def enter(run: Run) -> None:
+def enter(run: Open) -> None:
     """Make `run` the one that points mean where this is called and on the stack above."""
     entered, entry = _entered.get(), (weakref.ref(run), _opening_frames())
     _entered.set((*(each for each in entered if each[0]() is not None), entry) if entered else (entry,))
 
 
-def leave(run: Run) -> None:
+def leave(run: Open) -> None:
     """Leave by identity: a generator may end in another context than it began in."""
     entered = _entered.get()
     if len(entered) == 1 and entered[0][0]() is run:
@@ -45,7 +53,7 @@ def current(root: torch.nn.Module) -> Run:
     """The open run of `root` that a point read here belongs to."""
     entered = _entered.get()
     if len(entered) == 1:
-        run = entered[0][0]()
+        run: Run | None = entered[0][0]()
         if run is not None and run.root is root and run.open:
             return run
     return _nearest(root)
@@ -53,18 +61,18 @@ def current(root: torch.nn.Module) -> Run:
 
 def _nearest(root: torch.nn.Module) -> Run:
     """Of the open runs of `root`, the one opened by the nearest frame on this stack; of two opened by one frame the later."""
-    runs = [(run, by) for reference, by in _entered.get() if (run := reference()) is not None and run.root is root and run.open]
+    runs: list[tuple[Run, Frames]] = [
+        (run, by) for reference, by in _entered.get() if (run := reference()) is not None and run.root is root and run.open
+    ]
     if not runs:
         raise OutsideTraceError(
             "A point was read where no trace of this model is open.",
             "Read it inside `with model.trace(...):`; a value read there stays an ordinary variable afterwards.",
         )
-    frame: FrameType | None = sys._getframe(2) if len(runs) > 1 else None
-    while frame is not None:
+    for frame in frames() if len(runs) > 1 else ():
         for run, opened_by in reversed(runs):
             if (id(frame), id(frame.f_code)) in opened_by:
                 return run
-        frame = frame.f_back
     return runs[-1][0]
 
 

@@ -8,18 +8,14 @@ padded on the side the model wants, with a mask that says so.
 """
 
 from collections.abc import Container, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .errors import EmptyInputError, InputError, MaskError, PaddingError, TokenizerMissingError
+from .errors import EmptyInputError, InputError, MaskError, TokenizerMissingError
+from .padding import CONTENT, FILLS, Side, lengths_differ
 
-Side = Literal["left", "right"]
 Row = list[int]
-
-CONTENT = ("input_ids", "inputs_embeds")
-# What else a tokenizer gives for each token, and what stands for it in a padded place.
-FILLS = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1}
 
 
 class Inputs(NamedTuple):
@@ -148,10 +144,7 @@ class Inputs(NamedTuple):
         """Rows as one tensor `[batch, seq]`."""
         length = max(map(len, rows))
         if fill is None and any(len(row) != length for row in rows):
-            raise PaddingError(
-                f"The inputs have {min(map(len, rows))} to {length} tokens, and there is no token to pad with.",
-                "Set `model.tokenizer.pad_token`, or pass inputs of one length.",
-            )
+            raise lengths_differ([len(row) for row in rows])
         gaps = [[fill or 0] * (length - len(row)) for row in rows]
         return torch.tensor([gap + row if self.side == "left" else row + gap for gap, row in zip(gaps, rows, strict=True)])
 
@@ -178,11 +171,6 @@ def check(prepared: Mapping[str, Any]) -> None:
             f"`attention_mask` has shape {list(mask.shape)}; the input is {list(content.shape[:2])} ([batch, seq]).",
             "Give one mask value for each token, 1 to attend to it and 0 for padding.",
         )
-
-
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Position ids `[batch, seq]` under which a left-padded row counts from its first real token."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def is_message(value: Any) -> bool:

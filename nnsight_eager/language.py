@@ -8,18 +8,20 @@ model.tokenizer.decode(tracer.result[0])
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from typing import Any
 
 import torch
 
+from .batching import Given
 from .errors import InputError
-from .inputs import CONTENT, Inputs, Side, positions
+from .inputs import Inputs
 from .loading import Source, source, tokenizer_for
 from .model import NNsight
+from .padding import CONTENT, Side, positions, together
 from .run import Call
-from .trace import Trace
+from .trace import Division, Trace
 from .tree import Tree
 
 
@@ -98,7 +100,7 @@ class LanguageModel(NNsight):
             self._source = None
         return self
 
-    def trace(self, *inputs: Any, fn: str | Callable[..., Any] | None = None, **keywords: Any) -> Trace:
+    def trace(self, *inputs: Any, fn: str | Callable[..., Any] | None = None, batched: bool = True, **keywords: Any) -> Trace:
         """Run one forward pass with its insides open.
 
             with model.trace("The Eiffel Tower is in the city of"):
@@ -111,10 +113,10 @@ class LanguageModel(NNsight):
         """
         self.dispatch()
         if fn is not None and fn != "forward":
-            return super().trace(*inputs, fn=fn, **keywords)
-        return Trace(self._tree, Call("forward", self._module, (), self._positioned(self._prepared(inputs, keywords))))
+            return super().trace(*inputs, fn=fn, batched=batched, **keywords)
+        return self._traced("forward", inputs, keywords, batched)
 
-    def generate(self, *inputs: Any, **keywords: Any) -> Trace:
+    def generate(self, *inputs: Any, batched: bool = True, **keywords: Any) -> Trace:
         """Generate with the insides of every step open; `generate(...).result` simply generates, ids `[batch, seq]`.
 
             with model.generate("The Eiffel Tower is in the city of", max_new_tokens=10) as tracer:
@@ -128,11 +130,37 @@ class LanguageModel(NNsight):
         if not self._generates:
             name = type(self._module).__name__
             raise InputError(f"`{name}` does not generate.", "Use `model.trace(...)`, or load a model with a language head.")
-        prepared = self._prepared(inputs, keywords)
+        return self._traced("generate", inputs, keywords, batched)
+
+    def batch(self, inputs: Sequence[Given]) -> tuple[Given, list[int]]:
+        """How the inputs of several invokes become one call: padded to one length, with a mask and positions to match.
+
+        Raises `BatchError` for a keyword that has no rows (give it to `trace`), and for ids beside embeddings.
+        """
+        prepare = self._inputs.prepare
+        prepared, sizes = together([prepare(each.args, each.kwargs) for each in inputs], self._side, self._pad)
+        return Given((), prepared), sizes
+
+    def _traced(self, name: str, inputs: tuple[Any, ...], keywords: dict[str, Any], batched: bool) -> Trace:
+        """A trace of one call; where nothing says what to run on, that is left to invokes."""
+        if inputs or any(keywords.get(content) is not None for content in CONTENT):
+            return Trace(self._tree, name, self._called(name, self._inputs.prepare(inputs, keywords)), None)
+
+        def together(given: Sequence[Given]) -> tuple[Call, list[int]]:
+            batch, sizes = self.batch(given)
+            return self._called(name, {**batch.kwargs, **keywords}), sizes
+
+        return Trace(self._tree, name, None, Division(together, batched))
+
+    def _called(self, name: str, prepared: dict[str, Any]) -> Call:
+        """The call of `forward` or `generate` on inputs that are prepared."""
+        prepared = self._on_device(prepared)
+        if name == "forward":
+            return Call(name, self._module, (), self._positioned(prepared))
         configured = getattr(getattr(self._module, "generation_config", None), "pad_token_id", None)
         if configured is None and "generation_config" not in prepared and self._pad is not None:
             prepared.setdefault("pad_token_id", self._pad)  # transformers would take the same id, with a warning
-        return Trace(self._tree, Call("generate", self._module.generate, (), prepared))  # type: ignore[arg-type]
+        return Call(name, self._module.generate, (), prepared)  # type: ignore[arg-type]
 
     @property
     def _side(self) -> Side:
@@ -162,13 +190,13 @@ class LanguageModel(NNsight):
                 return found
         return None
 
-    def _prepared(self, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    @property
+    def _inputs(self) -> Inputs:
+        """How this model wants its inputs."""
+        return Inputs(self.tokenizer, self._side, self._pad, self._takes)
+
+    def _on_device(self, prepared: dict[str, Any]) -> dict[str, Any]:
         """The keywords of the call, on the model's device."""
-        if not inputs and not keywords:
-            raise InputError(
-                "The trace has no input.", 'Pass a prompt, as in `model.trace("The Eiffel Tower")`, or `input_ids=`.'
-            )
-        prepared = Inputs(self.tokenizer, self._side, self._pad, self._takes).prepare(inputs, keywords)
         device = getattr(self._module, "device", None)
         if not isinstance(device, torch.device) or device.type == "meta":  # offloaded: accelerate moves what it is given
             return prepared

@@ -5,14 +5,16 @@ with model.trace(torch.randn(1, 4)):
     hidden = model[0].output
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from .batching import Given, joined
 from .errors import InputError
 from .run import Call
-from .trace import Trace
+from .trace import Division, Trace
 from .tree import Envoy, Tree
 
 
@@ -28,7 +30,7 @@ class NNsight(Envoy):
             )
         super().__init__(module, "", Tree(module))
 
-    def trace(self, *args: Any, fn: str | Callable[..., Any] | None = None, **kwargs: Any) -> Trace:
+    def trace(self, *args: Any, fn: str | Callable[..., Any] | None = None, batched: bool = True, **kwargs: Any) -> Trace:
         """Run the model on the arguments with its insides open.
 
             with model.trace(x) as tracer:
@@ -36,9 +38,30 @@ class NNsight(Envoy):
                 model.layers[3].output = hidden * 0
             tracer.result
 
-        `fn` names another method to call (`fn="encode"`) or is any callable that runs the model.
+        `fn` names another method to call (`fn="encode"`) or is any callable that runs the model. Without arguments the trace
+        takes them from its invokes; `batched=False` gives each invoke a forward pass of its own.
         """
-        return Trace(self._tree, self._call(fn, args, kwargs))
+        call = self._call(fn, args, kwargs)
+        return Trace(self._tree, call.name, call if args or _needs_none(call) else None, self._division(call, batched))
+
+    def batch(self, inputs: Sequence[Given]) -> tuple[Given, list[int]]:
+        """How the inputs of several invokes become one call: the arguments of that call, and the rows of each input.
+
+        Each input has `args` and `kwargs`. Tensors are concatenated along dimension 0, and everything else must be the same in
+        all inputs; override this in a subclass for what needs padding, or keeps its rows elsewhere. Raises `BatchError`.
+        """
+        return joined(inputs)
+
+    def _division(self, call: Call, batched: bool) -> Division | None:
+        """How a trace of this call is divided into invokes, unless it has arguments that tell what to run on."""
+        if call.args:
+            return None
+
+        def together(inputs: Sequence[Given]) -> tuple[Call, list[int]]:
+            given, sizes = self.batch(inputs)
+            return call._replace(args=given.args, kwargs={**call.kwargs, **given.kwargs}), sizes
+
+        return Division(together, batched)
 
     def _call(self, fn: str | Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """What a trace runs."""
@@ -54,3 +77,15 @@ class NNsight(Envoy):
                 f"`fn` was given {fn!r}.", '`fn="..."` names a method of the model, or is a callable that runs it.'
             )
         return Call(getattr(fn, "__qualname__", type(fn).__qualname__), fn, args, kwargs)
+
+
+def _needs_none(call: Call) -> bool:
+    """Whether the call can be made with the keywords alone."""
+    function = call.function.forward if isinstance(call.function, torch.nn.Module) else call.function
+    try:
+        inspect.signature(function).bind(**call.kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        return True
+    return True

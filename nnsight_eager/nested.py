@@ -4,11 +4,15 @@ shapes(layer.output)          # (torch.Size([1, 10, 768]), (torch.Size([1, 12, 1
 first_tensor(layer.output)    # the hidden states, however they are wrapped
 """
 
+import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+
+Where = Callable[[torch.Tensor], slice | None]
+"""Tells the rows of an invoke in a tensor; `None` where it has none of its own."""
 
 
 def shapes(value: Any) -> Any:
@@ -34,19 +38,29 @@ def is_struct(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
+def items(value: Any) -> list[tuple[Any, Any]]:
+    """What a container holds, by key; nothing for a tensor or a plain value."""
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, (tuple, list)):
+        return list(enumerate(value))
+    if is_struct(value):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return list(vars(value).items()) if is_cache(value) else []
+
+
+def is_cache(value: Any) -> bool:
+    """Whether `value` is a transformers key/value cache, or a layer of one."""
+    return hasattr(value, "__dict__") and any(each.__module__ == "transformers.cache_utils" for each in type(value).__mro__)
+
+
 def tensors(value: Any) -> Iterator[torch.Tensor]:
     """Every tensor in `value`, in order."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
+    else:
+        for _, item in items(value):
             yield from tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors(item)
-    elif is_struct(value):
-        for field in dataclasses.fields(value):
-            yield from tensors(getattr(value, field.name))
 
 
 def first_tensor(value: Any) -> torch.Tensor | None:
@@ -66,33 +80,77 @@ def _replace_first(value: Any, new: Any) -> tuple[Any, bool]:
     """The replacement, and whether there was a tensor to replace."""
     if isinstance(value, torch.Tensor):
         return new, True
-    if isinstance(value, Mapping):
-        return _replace_in(value, list(value.items()), new)
-    if isinstance(value, (tuple, list)):
-        return _replace_in(value, list(enumerate(value)), new)
-    if is_struct(value):
-        return _replace_in(value, [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)], new)
-    return value, False
-
-
-def _replace_in(value: Any, items: list[tuple[Any, Any]], new: Any) -> tuple[Any, bool]:
-    """Replace in the first of `items` that has a tensor, and build a `value` of the same type around it."""
-    for key, item in items:
+    for key, item in items(value):
         replaced, done = _replace_first(item, new)
         if done:
-            return with_item(value, key, replaced), True
+            return with_items(value, {key: replaced}), True
     return value, False
 
 
-def with_item(value: Any, key: Any, item: Any) -> Any:
-    """A copy of the container `value` in which `key` stands for `item`."""
-    if isinstance(value, Mapping):
-        # A transformers `ModelOutput` is a dataclass and a dict at once; only `replace` keeps both in step.
-        return dataclasses.replace(value, **{key: item}) if is_struct(value) else type(value)({**value, key: item})  # type: ignore[call-arg,type-var]
+def with_items(value: Any, changes: dict[Any, Any]) -> Any:
+    """A copy of the container `value` with some of its items changed; `value` itself where there is nothing to change."""
+    if not changes:
+        return value
+    if isinstance(value, Mapping) and not is_struct(value):
+        return type(value)({**value, **changes})  # type: ignore[call-arg]
     if is_struct(value):
-        return dataclasses.replace(value, **{key: item})
-    items = [*value[:key], item, *value[key + 1 :]]
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        # A transformers `ModelOutput` is a dataclass and a dict at once; only `replace` keeps both in step.
+        return dataclasses.replace(value, **changes)
+    if isinstance(value, (tuple, list)):
+        changed = [changes.get(number, item) for number, item in enumerate(value)]
+        return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
+    changed = copy.copy(value)
+    vars(changed).update(changes)
+    return changed
+
+
+def narrow(value: Any, where: Where) -> Any:
+    """`value` with every tensor that `where` gives rows of narrowed to them, a view; what has none is shared."""
+    if isinstance(value, torch.Tensor):
+        rows = where(value)
+        return value if rows is None else value[rows]
+    narrowed = {key: (item, narrow(item, where)) for key, item in items(value)}
+    return with_items(value, {key: new for key, (old, new) in narrowed.items() if new is not old})
+
+
+def splice(whole: Any, part: Any, where: Where) -> Any:
+    """`whole` with the rows that `where` tells replaced by those of `part`, which is built as `narrow(whole, where)` is.
+
+    A key/value cache stays the same object, since others hold it too. Raises `ValueError` where `part` does not fit, or
+    changes what has no rows.
+    """
+    if part is whole:
+        return whole
+    if isinstance(whole, torch.Tensor):
+        return _spliced(whole, part, where(whole))
+    old, new = items(whole), dict(items(part))
+    if not old and not new:
+        if whole is not part and type(whole) is type(part) and whole == part:
+            return whole
+        raise ValueError(f"{described(part)} in the place of {described(whole)}, which all invokes share")
+    if type(whole) is not type(part) or [key for key, _ in old] != [*new]:
+        raise ValueError(f"{described(part)} in the place of {described(whole)}")
+    changes = {key: done for key, item in old if (done := splice(item, new[key], where)) is not item}
+    if not is_cache(whole):
+        return with_items(whole, changes)
+    vars(whole).update(changes)
+    return whole
+
+
+def _spliced(whole: torch.Tensor, part: Any, rows: slice | None) -> torch.Tensor:
+    """A tensor with some rows replaced; itself where `part` is its rows already."""
+    if not isinstance(part, torch.Tensor):
+        raise ValueError(f"{described(part)} in the place of a tensor {described(whole)}")
+    if rows is None:
+        raise ValueError(f"a new value for {described(whole)}, which all invokes share")
+    there = whole[rows]
+    if part.shape != there.shape:
+        raise ValueError(f"{described(part)} in the place of {described(there)}")
+    in_place = part.device == there.device and part.dtype == there.dtype and part.stride() == there.stride()
+    same = in_place and part.data_ptr() == there.data_ptr()
+    if same and (not whole.requires_grad or (part.requires_grad and not part.is_leaf)):
+        return whole
+    return torch.cat((whole[: rows.start], part.to(there), whole[rows.stop :]))
 
 
 def described(value: Any) -> str:

@@ -40,7 +40,8 @@ class Points:
         It is what the calling module receives, after forward hooks, in the type the module returned: a tensor, a tuple, a
         model output. Raises `OutOfOrderError`, `NotReachedError` or `OutsideTraceError` at the line that asked.
         """
-        return self._visit(OUTPUT).value  # type: ignore[no-any-return]
+        visit = self._visit(OUTPUT)
+        return visit.part(visit.value, OUTPUT)  # type: ignore[no-any-return]
 
     @output.setter
     def output(self, value: Any) -> None:
@@ -53,10 +54,9 @@ class Points:
         At the module's output it can still be read, not replaced; `ChangedInPlaceError` where it no longer holds what the
         module received.
         """
-        args, kwargs = self._received()
-        if args:
-            return args[0]  # type: ignore[no-any-return]
-        return next(iter(self._first(kwargs).values()))  # type: ignore[no-any-return]
+        visit = self._received()
+        first = visit.args[0] if visit.args else next(iter(self._first(visit.kwargs).values()))
+        return visit.part(first, INPUT)  # type: ignore[no-any-return]
 
     @input.setter
     def input(self, value: Any) -> None:
@@ -68,7 +68,8 @@ class Points:
     @property
     def inputs(self) -> torch.Tensor:
         """All the module's arguments, `(args, kwargs)`: `(hidden, *rest), keywords = layer.inputs`."""
-        return self._received()  # type: ignore[return-value]
+        visit = self._received()
+        return visit.part((visit.args, visit.kwargs), "inputs")  # type: ignore[no-any-return]
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
@@ -85,10 +86,11 @@ class Points:
 
         layer.hidden = layer.hidden * 0        # a block may return a tensor (transformers 5) or a tuple (4.57)
         """
-        found = first_tensor(self._visit(OUTPUT).value)
+        visit = self._visit(OUTPUT)
+        found = first_tensor(visit.value)
         if found is None:
             raise self._no_tensor()
-        return found
+        return visit.part(found, "hidden")  # type: ignore[no-any-return]
 
     @hidden.setter
     def hidden(self, value: Any) -> None:
@@ -101,8 +103,8 @@ class Points:
         """Leave out the module's forward and go on with `value` as its output: `layer.skip(layer.input)`."""
         self._run().skip(self._entering("skip"), value, self._path)
 
-    def _received(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments at the module's input or, unless changed meanwhile, at its output."""
+    def _received(self) -> Visit:
+        """The visit with its arguments, at the module's input or, unless changed meanwhile, at its output."""
         visit = self._visit(INPUT)
         if not visit.inputs_unchanged():
             raise ChangedInPlaceError(
@@ -111,7 +113,7 @@ class Points:
                 f"Read `{spelled(self._path, 'input')}` above the line that reads its output.",
                 asked=spelled(self._path, "input"),
             )
-        return visit.args, visit.kwargs
+        return visit
 
     def _entering(self, kind: str) -> Visit:
         """The visit at the module's input, where arguments can be replaced and the forward left out."""

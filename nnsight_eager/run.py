@@ -63,6 +63,14 @@ class Memory:
         self.compiled = False
 
 
+class Stop(BaseException):
+    """Leaves the block, or the body, that has asked to stop `run`."""
+
+    def __init__(self, run: "Run") -> None:
+        super().__init__("tracer.stop() was called outside the block of its trace")
+        self.run = run
+
+
 class Run:
     """One model call in progress."""
 
@@ -129,17 +137,7 @@ class Run:
         at, forward = self.at, self._forward
         if at is not None and at.module is module and not further and (at.kind is kind or kind is INPUT):
             return at
-        visit = self._visits.get(id(module))
-        if visit is None or visit.forward is not forward:
-            visit = self._listen(module, visit)
-        elif visit.step == forward.step and not further and (not visit.going_on or kind is INPUT or visit.times > 1):
-            self._missed(visit, kind, path, at)
-        if (
-            forward.finished
-            or (self._step_over and not further)
-            or (at is not None and at.skipped and self._left_out(module, at))
-        ):
-            self._missed(visit, kind, path, at, further)
+        visit = self._expected(module, kind, path, further)
         if kind is OUTPUT:
             visit.stop_after = True
         else:
@@ -157,6 +155,22 @@ class Run:
             self._missed(visit, kind, path, at, further)
         self._step_over = False
         return reached  # type: ignore[no-any-return]
+
+    def _expected(self, module: torch.nn.Module, kind: Kind, path: str, further: bool) -> Visit:
+        """The ear at the module, which the model has still to come by; an error where it will not."""
+        at, forward = self.at, self._forward
+        visit = self._visits.get(id(module))
+        if visit is None or visit.forward is not forward:
+            visit = self._listen(module, visit)
+        elif visit.step == forward.step and not further and (not visit.going_on or kind is INPUT or visit.times > 1):
+            self._missed(visit, kind, path, at)
+        if (
+            forward.finished
+            or (self._step_over and not further)
+            or (at is not None and at.skipped and self._left_out(module, at))
+        ):
+            self._missed(visit, kind, path, at, further)
+        return visit
 
     def to_step(self, step: int) -> bool:
         """Run on to the start of `step`; `False` where the model ends before it begins."""
@@ -216,6 +230,11 @@ class Run:
     # Ending
 
     @property
+    def begun(self) -> bool:
+        """Whether the model call has begun."""
+        return self._forward.begun
+
+    @property
     def finished(self) -> bool:
         """Whether the model call has ended, however."""
         return self._forward.finished
@@ -233,7 +252,15 @@ class Run:
 
     def finish(self) -> None:
         """Let the model run to its end."""
+        self._refuse_ended()
         forward = self._forward
+        while not forward.finished:
+            self._resume()
+        if forward.order is not None and not self._skipped:
+            self._memory.orders[self._name] = self._order
+
+    def _refuse_ended(self) -> None:
+        """Raise where the run has ended before its end."""
         if self._failed_with:
             raise RunEndedError(
                 f"This run has ended: its forward pass raised `{self._failed_with}`.",
@@ -243,10 +270,6 @@ class Run:
             raise RunEndedError(
                 "This run was closed before its end, so it has no result.", "Open a new trace to run the model."
             )
-        while not forward.finished:
-            self._resume()
-        if forward.order is not None and not self._skipped:
-            self._memory.orders[self._name] = self._order
 
     def close(self) -> None:
         """End the run wherever it is; afterwards the model is as it was."""

@@ -5,53 +5,92 @@ with model.trace("The Eiffel Tower is in the city of") as tracer:
 tracer.result
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+import torch
+
+from .batching import Given, divided
+from .bodies import Barrier
 from .compat import add_save_to_builtins
+from .coroutine import without_our_frames
 from .current import enter, leave
-from .errors import RunEndedError, RunError
+from .errors import InputError, InvokeError, RunEndedError, RunError
+from .invokes import Invoke, InvokeInPlace, Invokes, outside_invokes
 from .paths import path_in, spelled
-from .run import Call, Run
+from .run import Call, Run, Stop
+from .shared import SharedRun
 from .steps import Steps
 from .tree import Envoy, Tree
 
 
-class Stop(BaseException):
-    """Leaves the block of the trace it belongs to."""
+class Division(NamedTuple):
+    """How a trace without input of its own is divided into invokes."""
 
-    def __init__(self, trace: "Trace") -> None:
-        super().__init__("tracer.stop() was called outside the block of its trace")
-        self.trace = trace
+    batch: Callable[[Sequence[Given]], tuple[Call, list[int]]]
+    """Makes one call of the inputs of all invokes, and tells how many rows each has."""
+    batched: bool
+    """Whether the invokes share one forward pass; otherwise each has its own and runs in place."""
 
 
 class Trace:
     """One call of the model, begun by `with` and ended when the block is left, however it is left.
 
     `tracer.model` is the model's tree bound to this run, `tracer.result` what the call returns, `tracer.iter[...]` a loop over
-    the steps of a generation, `tracer.stop()` an early end.
+    the steps of a generation, `tracer.stop()` an early end, `tracer.invoke(...)` one of several inputs.
     """
 
-    __slots__ = ("_call", "_run", "_tree", "_view")
+    __slots__ = ("_call", "_division", "_invokes", "_name", "_results", "_run", "_tree", "_view")
 
-    def __init__(self, tree: Tree, call: Call) -> None:
-        """Nothing runs before the block is entered, or `result` is asked for."""
+    def __init__(self, tree: Tree, name: str, call: Call | None, division: Division | None) -> None:
+        """Nothing runs before the block is entered, or `result` is asked for.
+
+        Without a `call` the trace has no input of its own and is divided into invokes; without a `division` it cannot be.
+        """
         self._tree = tree
+        self._name = name
         self._call = call
+        self._division = division
         self._run: Run | None = None
+        self._invokes: Invokes | None = None
+        self._results: list[Any] | None = None
         self._view: Envoy | None = None
 
     def __enter__(self) -> "Trace":
-        if self._run is not None and self._run.open:
+        if (self._run is not None and self._run.open) or (self._invokes is not None and self._invokes.open):
             raise RunError("This trace is open already.", "Call `model.trace(...)` once more for a second run.")
         add_save_to_builtins()
-        self._view = None
-        self._run = run = Run(self._tree.root, self._call, self._tree.memory)
-        enter(run)
+        self._run = self._view = self._invokes = self._results = None
+        if self._call is None:
+            self._divide()
+        else:
+            self._begin(Run(self._tree.root, self._call, self._tree.memory))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+        if self._invokes is None:
+            return self._end(error)
+        if self._results is None and error is None:
+            leave(self._invokes)
+            try:
+                self._run_invokes(self._invokes)
+            except BaseException as raised:
+                raised.__traceback__ = without_our_frames(raised.__traceback__)
+                raise
+        else:
+            self._invokes.open = False
+            leave(self._invokes)
+        return False
+
+    def _begin(self, run: Run) -> None:
+        """Make `run` the one that points mean."""
+        self._run = run
+        self._view = None
+        enter(run)
+
+    def _end(self, error: BaseException | None) -> bool:
+        """End the run; whether `error` has thereby done what it was raised for."""
         run = self._opened()
         if error is None:
             try:
@@ -66,7 +105,107 @@ class Trace:
         except Exception as closing:
             # The reader's own error comes first; what the model's `finally` blocks raised is noted on it.
             error.add_note(f"While the forward pass was closed it raised {type(closing).__name__}: {closing}")
-        return isinstance(error, Stop) and error.trace is self
+        return isinstance(error, Stop) and error.run is run
+
+    # Invokes
+
+    def invoke(self, *inputs: Any, rows: Any = ..., **keywords: Any) -> Any:
+        """Give the trace one of several inputs, with a block of its own that sees its rows.
+
+            with model.trace() as tracer:
+                with tracer.invoke("The Eiffel Tower is in"):
+                    hidden = model.transformer.h[5].hidden          # [1, seq, hidden]
+
+                @tracer.invoke("The Colosseum is in")               # or tracer.invoke(prompt, function)
+                def patched():
+                    model.transformer.h[5].hidden = hidden
+                    return model.lm_head.output
+            patched.result
+
+        The inputs become one batch, and the blocks run when the trace ends. Names that a block binds are there afterwards; a
+        block that reads a name an earlier one has yet to bind waits for it. `tracer.invoke()` without input sees all rows, and
+        so does one with `rows=None`. With `model.trace(batched=False)` each block runs in place, with a forward pass of its
+        own. Raises `InvokeError` where a block cannot run elsewhere (it has a `return`, or no source).
+        """
+        self._divide()
+        function = inputs[-1] if inputs and callable(inputs[-1]) and not isinstance(inputs[-1], torch.nn.Module) else None
+        inputs = inputs if function is None else inputs[:-1]
+        given = Given(inputs, keywords) if inputs or keywords else None
+        assert self._division is not None
+        assert self._invokes is not None
+        if self._division.batched:
+            invoke: Any = Invoke(self._invokes, given, rows is None)
+        else:
+            invoke = InvokeInPlace(self, given)
+        return invoke if function is None else invoke(function)
+
+    def barrier(self, parties: int) -> Barrier:
+        """A place where `parties` invokes wait for each other: call it in each of them; it can be used again and again."""
+        return Barrier(parties, lambda: self._run.running() if isinstance(self._run, SharedRun) else None)
+
+    def _divide(self) -> None:
+        """Be a trace of invokes from now on, which a trace that has begun to run on its own cannot be."""
+        if self._invokes is not None:
+            return
+        run = self._run
+        if self._division is None or (run is not None and run.begun):
+            raise InvokeError(
+                "This trace has an input of its own, so it cannot have invokes.",
+                "Write `with model.trace() as tracer:` and give each prompt to `tracer.invoke(...)`.",
+            )
+        if run is not None:
+            leave(run)
+            run.close()
+            self._run = None
+        elif self._call is not None:
+            self._opened()
+        self._invokes = Invokes(self._tree.root)
+        self._results = None if self._division.batched else []
+        enter(self._invokes)
+
+    def _run_invokes(self, invokes: Invokes) -> None:
+        """Run the model once on all inputs, and every body with it."""
+        assert self._division is not None
+        try:
+            bodies = invokes.bodies()
+            given = [invoke.given for invoke in invokes.written if invoke.given is not None]
+            if not given:
+                raise InputError(
+                    "The trace has no input.",
+                    'Pass a prompt, as in `model.trace("The Eiffel Tower")`, or give one to `tracer.invoke(...)` in its block.',
+                )
+            call, sizes = self._division.batch(given)
+            rows = iter(divided(sizes))
+            for invoke, body in zip(invokes.written, bodies, strict=True):
+                own = next(rows) if invoke.given is not None else None
+                body.rows = None if invoke.all_rows else own
+            invokes.open = False
+            self._begin(SharedRun(self._tree.root, call, self._tree.memory, bodies))
+            self._end(None)
+        finally:
+            invokes.export()
+
+    def in_place(self, given: Given | None) -> Run:
+        """Begin a forward pass of its own for one invoke, whose block runs where it stands."""
+        assert self._division is not None
+        if given is None:
+            raise InvokeError(
+                "`tracer.invoke()` without input sees the rows of all invokes, and with `batched=False` each runs alone.",
+                "Leave `batched=False` away, or give the invoke an input.",
+            )
+        if self._run is not None and self._run.open:
+            raise InvokeError("An invoke was opened inside another.", "Write each invoke directly in its trace's block.")
+        call, _ = self._division.batch([given])
+        run = Run(self._tree.root, call, self._tree.memory)
+        self._begin(run)
+        return run
+
+    def end_in_place(self, error: BaseException | None) -> bool:
+        """End the forward pass of one invoke."""
+        done = self._end(error)
+        if error is None and self._results is not None:
+            self._results.append(self._opened().result)
+        return done
 
     @property
     def model(self) -> Envoy:
@@ -77,10 +216,15 @@ class Trace:
 
     @property
     def result(self) -> Any:
-        """What the model call returns: inside the block the rest of it runs first; without a block, all of it."""
-        if self._run is None:
+        """What the model call returns: inside the block the rest of it runs first; without a block, all of it.
+
+        With invokes it is the whole batch's; with `batched=False` a list of each invoke's.
+        """
+        if self._run is None and self._invokes is None:
             with self:
                 pass
+        if self._results is not None and not (self._run is not None and self._run.open):
+            return self._results
         return self._opened().result
 
     @result.setter
@@ -103,12 +247,15 @@ class Trace:
 
     def stop(self) -> NoReturn:
         """Close the forward pass and leave the block: nothing behind this point is computed."""
-        if not self._opened().open:
+        run = self._opened()
+        if not run.open:
             raise RunEndedError("This trace has ended already.", "Call `tracer.stop()` inside its `with` block.")
-        raise Stop(self)
+        raise Stop(run)
 
     def _opened(self) -> Run:
         """The run, which begins when the block is entered."""
+        if self._run is None and self._invokes is not None:
+            raise outside_invokes()
         if self._run is None:
             raise RunError(
                 "This trace has not begun.", "Write `with model.trace(...) as tracer:` and use `tracer` in the block."
@@ -118,11 +265,12 @@ class Trace:
     def __repr__(self) -> str:
         run = self._run
         if run is None:
-            state = "not begun"
+            count = 0 if self._invokes is None else len(self._invokes.written)
+            state = f"{count} invokes" if count else "not begun"
         elif run.at is not None:
             state = f"paused at {spelled(path_in(run.root, run.at.module), run.at.kind)}, step {run.step}"
         elif not run.open:
             state = "closed" if run.cut_short else "finished"
         else:
             state = "finished" if run.finished else "at the start"
-        return f"<{self._call.name} of {type(self._tree.root).__name__}: {state}>"
+        return f"<{self._name} of {type(self._tree.root).__name__}: {state}>"

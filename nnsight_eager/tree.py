@@ -223,7 +223,7 @@ class NextEnvoy(Envoy):
         visit = met[0]
         if visit.going_on and (visit, visit.step, visit.times) == met:
             if visit is run.at and (visit.kind is kind or kind is INPUT):
-                return visit
+                return run.ask(self._module, kind, self._path)
             if kind is OUTPUT:
                 return self._go_on(run, kind)
         asked = f"{spelled(self._path)}.next().{kind}"
@@ -237,6 +237,8 @@ class NextEnvoy(Envoy):
 
     def _go_on(self, run: Run, kind: Kind) -> Visit:
         """On to the next visit, which this envoy then stands for."""
-        visit = run.ask(self._module, kind, self._path, further=True)
+        seen = run.ask(self._module, kind, self._path, further=True)
+        visit = run.at
+        assert visit is not None
         self._met = visit, visit.step, visit.times
-        return visit
+        return seen

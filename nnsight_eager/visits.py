@@ -176,6 +176,10 @@ class Visit(Tap):
             self.args, self.kwargs, self.versions, self.times = outer
             self.stop_after = self.stop_after or awaited
 
+    def part(self, whole: Any, _: str) -> Any:
+        """What the one who asks sees of a value of this visit: all of it."""
+        return whole
+
     def inputs_unchanged(self) -> bool:
         """Whether the inputs still hold what the module received, told by the tensors' version counters."""
         return self.kind is INPUT or (self.versions is not None and self.versions == versions(self.args, self.kwargs))

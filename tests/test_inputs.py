@@ -133,8 +133,8 @@ def test_what_cannot_be_run_is_a_sentence_of_its_own_before_the_model_runs(gpt2,
 
 
 def test_no_input_at_all_is_a_sentence(gpt2):
-    with pytest.raises(nnsight_eager.InputError) as caught:
-        gpt2.trace()
+    with pytest.raises(nnsight_eager.InputError) as caught, gpt2.trace():
+        pass
     assert str(caught.value).splitlines()[0] == "The trace has no input."
 
 

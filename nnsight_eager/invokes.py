@@ -1,0 +1,196 @@
+"""One input's block within a trace, written as a `with` block or as a function.
+
+    with tracer.invoke("The Eiffel Tower is in"):          # runs when the trace ends, with the others
+        hidden = model.transformer.h[5].hidden
+
+    @tracer.invoke("The Colosseum is in")
+    def patched():
+        return model.lm_head.output
+
+A block that shares a forward pass with others cannot run in place: it is found in the source, left out where it stands, and run
+as a body of its own. A function needs no source.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
+
+import torch
+
+from .batching import Given
+from .blocks import ENTERED, Block, Statement, find
+from .bodies import Body
+from .errors import InvokeError, OutsideTraceError
+from .names import Names
+from .paths import spelled
+from .skipping import Skipping
+
+
+class OneByOne(Protocol):
+    """A trace that gives each invoke a forward pass of its own."""
+
+    def in_place(self, given: Given | None) -> Any:
+        """Begin one invoke's forward pass."""
+
+    def end_in_place(self, error: BaseException | None) -> bool:
+        """End it; whether `error` has thereby done what it was raised for."""
+
+
+class Invokes:
+    """The invokes of a trace that has no input of its own, in the order written, until they run together."""
+
+    def __init__(self, root: torch.nn.Module) -> None:
+        self.root = root
+        self.open = True
+        self.made: list[Invoke] = []
+        self.written: list[Invoke] = []
+
+    def __getattr__(self, name: str) -> Any:
+        # It stands where the run will be: whatever a point asks of it, there is no run yet.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise outside_invokes()
+
+    def ask(self, module: torch.nn.Module, kind: str, path: str, further: bool = False) -> NoReturn:
+        """Raise: there is nothing yet that a point could be read from."""
+        raise outside_invokes(f"`{spelled(path, kind)}`")
+
+    def bodies(self) -> list[Body]:
+        """The programs, in the order written; a name is looked up in the earlier ones of those that have names."""
+        for invoke in self.made:
+            if invoke.body is None:
+                raise InvokeError(
+                    f"{invoke.label[0].upper()}{invoke.label[1:]} has no block.",
+                    "Write `with tracer.invoke(...):`, or pass a function: `tracer.invoke(prompt, function)`.",
+                )
+        named = [invoke.names for invoke in self.written if invoke.names is not None]
+        for number, names in enumerate(named):
+            names.earlier = named[:number]
+        return [invoke.body for invoke in self.written if invoke.body is not None]
+
+    def export(self) -> None:
+        """Bind in the frames around what the blocks have bound, in the order written."""
+        self.open = False
+        named = [invoke.names for invoke in self.written if invoke.names is not None]
+        for names in named:
+            names.export()
+        for names in named:
+            names.release()
+
+
+class Invoke:
+    """One input's block: `with` it, or call it with a function, whose answer is then `result`."""
+
+    def __init__(self, invokes: Invokes, given: Given | None, all_rows: bool) -> None:
+        """`given` is the input, `None` for an invoke that only sees the others' rows."""
+        self.given = given
+        self.all_rows = all_rows or given is None
+        self.body: Body | None = None
+        self.names: Names | None = None
+        self._invokes = invokes
+        self._entering: tuple[Any, Statement, Skipping] | None = None
+        invokes.made.append(self)
+        self.label = f"invoke {len(invokes.made)}" + (f" ({given})" if given is not None else "")
+
+    def __enter__(self) -> "Invoke":
+        self._check_unwritten()
+        frame = sys._getframe(1)
+        statement = find(frame)
+        self._entering = frame, statement, Skipping(frame)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        entering, self._entering = self._entering, None
+        assert entering is not None
+        frame, (target, block), skipping = entering
+        if not skipping.end(error):
+            raise InvokeError(
+                "The block of this `tracer.invoke(...)` ran where it stands, outside the forward pass."
+            ) from error
+        if target is not None:
+            self._store(target, frame)
+        self.body = body = Body(self._run_names, self.label)
+        self.names = Names(block, frame, body.wait, self.label)
+        self._invokes.written.append(self)
+        return True
+
+    def __call__(self, function: Callable[[], Any]) -> "Invoke":
+        """Have `function`, called without arguments, be the block."""
+        self._check_unwritten()
+        if not callable(function) or inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise InvokeError(
+                f"`tracer.invoke(...)` was given {function!r} to run.", "Give it a plain function that takes no arguments."
+            )
+        self.body = Body(function, self.label)
+        self._invokes.written.append(self)
+        return self
+
+    @property
+    def result(self) -> Any:
+        """What the function has returned."""
+        if self.body is None or not self.body.finished:
+            raise InvokeError(
+                f"The function of {self.label} has not run to its end.", "Read `.result` when the trace has ended."
+            )
+        return self.body.result
+
+    def _run_names(self) -> None:
+        assert self.names is not None
+        self.names.run()
+
+    def _store(self, target: Block, frame: Any) -> None:
+        """Bind the `as` target, whose own instructions were left out with the body."""
+        names = Names(target, frame, _never, self.label)
+        names.bound[ENTERED] = self
+        names.run()
+        names.export()
+        names.release()
+
+    def _check_unwritten(self) -> None:
+        if not self._invokes.open:
+            raise InvokeError(
+                "This trace has ended, or is running its invokes.", "Write each invoke directly in its trace's block."
+            )
+        if self.body is not None or self._entering is not None:
+            raise InvokeError(
+                f"{self.label[0].upper()}{self.label[1:]} has a block already.", "Call `tracer.invoke(...)` for each."
+            )
+
+    def __repr__(self) -> str:
+        state = "no block yet" if self.body is None else "has run" if self.body.finished else "runs when the trace ends"
+        return f"<{self.label}: {state}>"
+
+
+class InvokeInPlace:
+    """One input's block with a forward pass of its own: it runs where it stands, as a trace's does."""
+
+    def __init__(self, trace: OneByOne, given: Given | None) -> None:
+        self._trace = trace
+        self._given = given
+        self.result: Any = None
+
+    def __enter__(self) -> "InvokeInPlace":
+        self._trace.in_place(self._given)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        return self._trace.end_in_place(error)
+
+    def __call__(self, function: Callable[[], Any]) -> "InvokeInPlace":
+        """Run `function` now."""
+        with self:
+            self.result = function()
+        return self
+
+
+def outside_invokes(what: str = "This") -> OutsideTraceError:
+    """The error for what is read outside every invoke in a trace without input."""
+    return OutsideTraceError(
+        f"{what} was read outside every invoke, and its trace has no input of its own.",
+        'Read it inside `with tracer.invoke("…"):`, or give the trace an input: `with model.trace("…"):`.',
+    )
+
+
+def _never(ready: Callable[[], bool], waits_for: str) -> None:
+    """A target is stored at once: no other body has begun."""
