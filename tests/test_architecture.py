@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "batching",
         "bodies",
         "compat",
+        "coroutine",
         "current",
         "errors",
         "invokes",
