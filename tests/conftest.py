@@ -48,8 +48,8 @@ AUTOMODELS = {
 }
 
 
-def train_tokenizer():
-    """A small byte-level BPE tokenizer."""
+def train_tokenizer(size=320):
+    """A small byte-level BPE tokenizer; one of 700 entries has every word of the training text as one token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -58,7 +58,7 @@ def train_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|endoftext|>"]
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(TEXT * 20, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

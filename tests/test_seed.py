@@ -1,14 +1,16 @@
 """The examples users were promised, as they were written: only the import, the model's name and the device are changed.
 
 They were written for a block that returns a tuple, as in transformers 4. On transformers 5, where it returns a tensor,
-`.hidden` stands for `.output[0]`. The cross-prompt examples need invokes and are not here yet.
+`.hidden` stands for `.output[0]`.
 """
 
+import linecache
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from conftest import train_tokenizer
 
 from nnsight_eager import shapes
 
@@ -24,8 +26,10 @@ def run(example, folder):
     source = source.replace("device_map='cuda'", "device_map='cpu'")
     if not EARLIER:
         source = source.replace(".output[0]", ".hidden")
+    filename = f"<{example}>"
+    linecache.cache[filename] = len(source), None, source.splitlines(True), filename  # as a notebook does with its cells
     names = {}
-    exec(compile(source, example, "exec"), names)
+    exec(compile(source, filename, "exec"), names)
     return names
 
 
@@ -71,3 +75,42 @@ def test_ad_hoc_module(folder, tokens):
     names = run("ad_hoc_module", folder)
     assert names["hidden_states"].shape == (1, tokens, 320)
     assert names["tokens"].shape == (1, tokens)
+
+
+@pytest.fixture
+def folder_of_words(folder, tmp_path):
+    """A model whose tokenizer gives both prompts of the cross-prompt examples ten tokens, as GPT-2's own does."""
+    tokenizer = train_tokenizer(700)
+    config = transformers.AutoConfig.from_pretrained(folder("gpt2"), vocab_size=len(tokenizer))
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return lambda _: tmp_path
+
+
+MADISON = "Madison square garden is located in the city of New"
+
+
+def test_cross_prompt_intervention(folder_of_words):
+    names = run("cross_prompt", folder_of_words)
+    model, output = names["model"], names["output"]
+    ids = model.tokenizer([MADISON, "_ _ _ _ _ _ _ _ _ _"], return_tensors="pt")["input_ids"]
+    assert ids.shape == (2, 10)
+    assert torch.equal(output[:, :10], ids)
+    alone = model._module.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=3, pad_token_id=0)
+    other = model._module.generate(ids[1:], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=3, pad_token_id=0)
+    assert output[0].tolist() == alone[0].tolist()
+    assert output[1, 10:].tolist() == alone[0, 10:].tolist() != other[0, 10:].tolist()
+    assert torch.equal(names["embeddings"], model._module.transformer.wte(ids[:1]))
+
+
+def test_cross_prompt_intervention_with_a_value_of_an_earlier_trace(folder_of_words):
+    names = run("cross_prompt_value", folder_of_words)
+    model, output = names["model"], names["tracer"].result
+    alone = run("cross_prompt", folder_of_words)["output"]
+    assert output[0, 10:].tolist() == alone[0, 10:].tolist()
+    assert torch.equal(names["embeddings"], model._module.transformer.wte(alone[:1, :10]))
