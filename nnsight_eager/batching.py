@@ -9,7 +9,7 @@ return, the sequence length where tokens are flattened to `[batch * seq, ...]`. 
 rows: alone it is refused, inside a structure it is shared, and a structure in which nothing has rows is refused.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -17,6 +17,9 @@ import torch
 
 from .errors import BatchError, EditError, RowsError
 from .nested import Where, described, items, narrow, splice, tensors, with_items
+
+Factors = Callable[[int], Collection[int]]
+"""Gives, for the number of rows, by what it may be multiplied in the run."""
 
 
 class Given(NamedTuple):
@@ -38,16 +41,16 @@ class Rows(NamedTuple):
     stop: int
     total: int
 
-    def of(self, tensor: torch.Tensor, factors: Collection[int]) -> slice | None:
+    def of(self, tensor: torch.Tensor, factors: Factors) -> slice | None:
         """Where this invoke's rows are in `tensor`; `None` where they cannot be told, or it is shared."""
         if is_shared(tensor):
             return None
         factor, rest = divmod(tensor.shape[0], self.total)
-        if rest or not (factor == 1 or factor in factors):
+        if rest or not (factor == 1 or factor in factors(self.total)):
             return None
         return slice(self.start * factor, self.stop * factor)
 
-    def seen(self, value: Any, factors: Collection[int], point: str) -> Any:
+    def seen(self, value: Any, factors: Factors, point: str) -> Any:
         """This invoke's rows of `value`: views, so that a change in place is a change of the whole."""
         if self.stop - self.start == self.total:
             return value
@@ -63,7 +66,7 @@ class Rows(NamedTuple):
             )
         return seen
 
-    def written(self, whole: Any, part: Any, factors: Collection[int], point: str) -> Any:
+    def written(self, whole: Any, part: Any, factors: Factors, point: str) -> Any:
         """`whole` with this invoke's rows replaced by `part`."""
         if self.stop - self.start == self.total:
             return part
@@ -75,7 +78,7 @@ class Rows(NamedTuple):
                 "An invoke replaces its own rows, with a value of their shape; `with tracer.invoke():` sees and replaces all.",
             ) from None
 
-    def _where(self, factors: Collection[int]) -> Where:
+    def _where(self, factors: Factors) -> Where:
         return lambda tensor: self.of(tensor, factors)
 
 

@@ -12,6 +12,7 @@ import dis
 import functools
 import inspect
 import linecache
+import weakref
 from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple
@@ -26,6 +27,10 @@ ENTERED: Final = "(entered)"
 
 # What the compiler may find in a rewritten body and not in the original: `True` marks a deleted name.
 ADDED: Final[frozenset[Any]] = frozenset({(bool, "True"), (type(None), "None")})
+
+Place = tuple[str, int]
+_known: weakref.WeakKeyDictionary[CodeType, dict[Place, "Statement"]] = weakref.WeakKeyDictionary()
+"""What has been found in code that still exists: by filename and instruction."""
 
 
 class Block(NamedTuple):
@@ -48,7 +53,11 @@ class Statement(NamedTuple):
 def find(frame: FrameType) -> Statement:
     """The `with` item that `frame` is entering; `InvokeError` where it cannot be had, or its body cannot run later."""
     code = frame.f_code
-    found = _found(code, code.co_filename, frame.f_lasti, _source(frame))
+    known = _known.setdefault(code, {})
+    place = code.co_filename, frame.f_lasti  # equal code in two notebook cells differs by its filename
+    if place not in known:
+        known[place] = _found(code, *place, _source(frame))
+    found = known[place]
     mixed = found.body.globals.intersection(local_names(code) or ())
     if mixed:
         raise refused(f"it uses `{min(mixed)}` both as a global name and as a local one")
@@ -81,9 +90,8 @@ def _source(frame: FrameType) -> str:
     return text
 
 
-@functools.lru_cache(maxsize=256)
 def _found(code: CodeType, filename: str, instruction: int, text: str) -> Statement:
-    """The block behind an instruction; `filename` tells equal code in two notebook cells apart."""
+    """The block behind an instruction."""
     span = tuple([*code.co_positions()][instruction // 2])
     if None in span:
         raise refused("Python runs without source positions (`-X no_debug_ranges`)")

@@ -12,66 +12,80 @@ from .batching import Rows
 from .coroutine import Coroutine, current_stack, inside_forward
 from .errors import EditError, RunError
 from .nested import tensors
+from .paths import spelled
 from .visits import Kind, Visit
 
 
 class Awaited(NamedTuple):
-    """What a body waits for from the model: the next pause at a visit, a step, or (neither) the end."""
+    """What a body waits for from the model: its next pause at a visit, the start of a step, or (neither) the end."""
 
     visit: Visit | None = None
     kind: Kind = "output"
+    path: str = ""
     further: bool = False
     step: int | None = None
-    since: int = 0  # how often the model had paused when this was asked
+
+    @property
+    def in_step(self) -> bool:
+        """Whether it can only come in the current step."""
+        return self.visit is not None and not self.further
+
+    def __str__(self) -> str:
+        if self.visit is not None:
+            return f"`{spelled(self.path, self.kind)}`"
+        return "the end of the model" if self.step is None else f"step {self.step}"
 
 
 class Body(Coroutine):
-    """One invoke's program, which runs on a stack of its own."""
+    """One invoke's program, which runs on a stack of its own until it has to wait."""
 
-    __slots__ = ("_lent", "_ready", "_refusal", "awaited", "label", "rows", "value", "waits_for")
+    __slots__ = ("_lent", "_refusal", "label", "number", "ready", "rows", "waits_for")
 
     def __init__(self, function: Callable[[], Any], label: str) -> None:
         """It begins with the torch settings in force here, at its first `resume`."""
         super().__init__(function)
         self.label = label
+        self.number = 0
         self.rows: Rows | None = None  # `None`: all rows
-        self.awaited: Awaited | None = None
-        self.waits_for = ""
-        self._ready: Callable[[], bool] = lambda: True
+        self.ready: Callable[[], bool] | None = _at_once  # `None`: whoever runs the model tells
+        self.waits_for: Awaited | str = ""
         self._refusal: BaseException | None = None
         self._lent: list[tuple[Any, int, str]] = []
 
     @property
-    def running(self) -> bool:
-        """Whether this is called from the body."""
-        return not self.finished and current_stack() is self.stack
+    def wants_model(self) -> bool:
+        """Whether the body waits for the model to go on."""
+        return isinstance(self.waits_for, Awaited)
 
-    def ready(self) -> bool:
-        """Whether the body can go on."""
-        return self._refusal is not None or self._ready()
-
-    def wait(self, ready: Callable[[], bool], waits_for: str, awaited: Awaited | None = None) -> None:
+    def wait_until(self, ready: Callable[[], bool], waits_for: str) -> None:
         """On the body's stack: pause until `ready`; `waits_for` says in words what is waited for."""
-        if ready():
-            return
-        if not self.running:
+        if not ready():
+            self.wait(waits_for, ready)
+
+    def wait(self, waits_for: Awaited | str, ready: Callable[[], bool] | None = None) -> None:
+        """On the body's stack: pause, and raise what it was refused with meanwhile."""
+        if current_stack() is not self.stack:
             raise inside_forward()
         self.check_lent()
-        self._ready, self.waits_for, self.awaited = ready, waits_for, awaited
+        self.ready, self.waits_for = ready, waits_for
         try:
             self.pause(None)
         finally:
-            self._ready, self.waits_for, self.awaited = lambda: True, "", None
-        refusal, self._refusal = self._refusal, None
-        if refusal is not None:
-            try:
-                raise refusal
-            finally:
-                del refusal
+            self.ready, self.waits_for = None, ""
+        if self._refusal is not None:
+            self._refuse()
 
     def refuse(self, error: BaseException) -> None:
-        """Have `error` raised at the line where the body waits, when it is resumed next."""
-        self._refusal = error
+        """Have `error` raised at the line where the body waits, as soon as it is resumed."""
+        self._refusal, self.ready = error, _at_once
+
+    def _refuse(self) -> None:
+        refusal, self._refusal = self._refusal, None
+        assert refusal is not None
+        try:
+            raise refusal
+        finally:
+            del refusal
 
     def lend(self, value: Any, point: str) -> None:
         """Note what was given to read only: tensors that all invokes share."""
@@ -79,6 +93,8 @@ class Body(Coroutine):
 
     def check_lent(self) -> None:
         """Raise where the body has changed in place what it shares with the other invokes."""
+        if not self._lent:
+            return
         lent, self._lent = self._lent, []
         for tensor, version, point in lent:
             if tensor._version != version:
@@ -86,6 +102,11 @@ class Body(Coroutine):
                     f"`{point}` was changed in place in {self.label}, and all invokes share it.",
                     "Change a copy (`.clone()`), or change it in an invoke that sees all rows: `with tracer.invoke():`.",
                 )
+
+
+def _at_once() -> bool:
+    """What a body waits for that has not begun, or is to be refused."""
+    return True
 
 
 class Barrier:
@@ -111,7 +132,7 @@ class Barrier:
             return
         meeting = self._met
         missing = f"`tracer.barrier({self.parties})`, at which {self.parties} invokes have to meet"
-        body.wait(lambda: self._met > meeting, missing)
+        body.wait_until(lambda: self._met > meeting, missing)
 
     def __repr__(self) -> str:
         return f"tracer.barrier({self.parties}): {len(self._waiting)} waiting"

@@ -22,7 +22,7 @@ from .batching import Given
 from .blocks import ENTERED, Block, Statement, find
 from .bodies import Body
 from .errors import InvokeError, OutsideTraceError
-from .names import Names
+from .names import Names, in_order
 from .paths import spelled
 from .skipping import Skipping
 
@@ -64,9 +64,7 @@ class Invokes:
                     f"{invoke.label[0].upper()}{invoke.label[1:]} has no block.",
                     "Write `with tracer.invoke(...):`, or pass a function: `tracer.invoke(prompt, function)`.",
                 )
-        named = [invoke.names for invoke in self.written if invoke.names is not None]
-        for number, names in enumerate(named):
-            names.earlier = named[:number]
+        in_order([invoke.names for invoke in self.written if invoke.names is not None])
         return [invoke.body for invoke in self.written if invoke.body is not None]
 
     def export(self) -> None:
@@ -111,7 +109,7 @@ class Invoke:
         if target is not None:
             self._store(target, frame)
         self.body = body = Body(self._run_names, self.label)
-        self.names = Names(block, frame, body.wait, self.label)
+        self.names = Names(block, frame, body.wait_until, self.label)
         self._invokes.written.append(self)
         return True
 

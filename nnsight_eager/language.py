@@ -138,6 +138,8 @@ class LanguageModel(NNsight):
         Raises `BatchError` for a keyword that has no rows (give it to `trace`), and for ids beside embeddings.
         """
         prepare = self._inputs.prepare
+        if all(len(each.args) == 1 and isinstance(each.args[0], str) and not each.kwargs for each in inputs):
+            return Given((), prepare(([each.args[0] for each in inputs],), {})), [1] * len(inputs)  # tokenized at once
         prepared, sizes = together([prepare(each.args, each.kwargs) for each in inputs], self._side, self._pad)
         return Given((), prepared), sizes
 

@@ -1,7 +1,7 @@
 """What the names of one body mean: its own, an earlier body's that it waits for, those of the code around it.
 
     names = Names(block, frame, body.wait, "invoke 1")
-    names.earlier = [names_of_the_first_body]
+    in_order([names_of_the_first_body, names])
     names.run()               # run the block
     names.export()            # what it bound is there in the frame
 
@@ -47,12 +47,18 @@ class Names(dict[str, Any]):
         self._around = {name: local[name] for name in needed if name in local}
         self.bound: dict[str, Any] = {name: module[name] for name in OF_THE_MODULE if name in module}
         self.bound["__builtins__"] = self
-        self.earlier: Sequence[Names] = ()
+        self.earlier: Binders = {}
+        self.number = 0
         self.ended = False
         self._label = label
         gone = block.deletes.intersection(local) if self._local is not None and not CAN_DELETE else ()
         if gone:
             raise refused(f"it deletes `{min(gone)}`, and from 3.12 on Python cannot delete a function's variable from outside")
+
+    @property
+    def stores(self) -> frozenset[str]:
+        """What the body may bind or delete."""
+        return self._block.stores
 
     def run(self) -> None:
         """Run the body."""
@@ -67,8 +73,8 @@ class Names(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         """What a name means that this body has not bound; `KeyError` makes Python raise a `NameError` at the line."""
         place = self._place_of(name)
-        for body in reversed(self.earlier):
-            if name in body._block.stores and body._place_of(name) == place and body._binds(name, self._wait):
+        for body in reversed(self.earlier.get(name, ())):
+            if body.number < self.number and body._place_of(name) == place and body._binds(name, self._wait):
                 return body.bound[name]
         if name in self._around:
             return self._around[name]
@@ -92,7 +98,7 @@ class Names(dict[str, Any]):
 
     def release(self) -> None:
         """Refer to the frame and to other bodies no longer; functions that the body made look names up where they belong."""
-        self._frame, self.earlier = None, ()
+        self._frame, self.earlier = None, {}
         if self._place == id(self._module):
             self._around = {}
             for name in self._block.stores:
@@ -111,3 +117,16 @@ class Names(dict[str, Any]):
         if name in self._block.globals or (self._local is not None and name not in self._local):
             return id(self._module)
         return self._place
+
+
+Binders = dict[str, list[Names]]
+"""By name, the bodies whose code binds it, in the order written."""
+
+
+def in_order(written: Sequence[Names]) -> None:
+    """Let each of these bodies, given in the order written, find its names in the earlier ones."""
+    binders: Binders = {}
+    for number, names in enumerate(written):
+        names.number, names.earlier = number, binders
+        for name in names.stores:
+            binders.setdefault(name, []).append(names)

@@ -13,12 +13,13 @@ import torch
 
 from .batching import factors_in
 from .bodies import Awaited, Body
-from .coroutine import inside_forward
+from .coroutine import current_stack, inside_forward
 from .errors import DeadlockError
 from .nested import tensors
 from .paths import spelled
 from .run import Call, Memory, Run, Stop
 from .visits import INPUT, OUTPUT, Kind, Visit
+from .waiting import Waiting
 
 
 class Share:
@@ -62,8 +63,9 @@ class Share:
         if rows is None:
             return whole
         point = spelled(self._path, kind)
-        seen = rows.seen(whole, self._run.factors(rows.total), point)
-        self._body.lend(shared_tensors(seen, whole), point)
+        seen = rows.seen(whole, self._run.factors, point)
+        if seen is whole or not isinstance(seen, torch.Tensor):
+            self._body.lend(shared_tensors(seen, whole), point)
         return seen
 
     def with_part(self, whole: Any, part: Any, kind: str) -> Any:
@@ -71,7 +73,7 @@ class Share:
         rows = self._body.rows
         if rows is None:
             return part
-        return rows.written(whole, part, self._run.factors(rows.total), spelled(self._path, kind))
+        return rows.written(whole, part, self._run.factors, spelled(self._path, kind))
 
     @property
     def has_all_rows(self) -> bool:
@@ -83,14 +85,19 @@ class Share:
 class SharedRun(Run):
     """One model call in progress, and the bodies that read and edit it."""
 
-    __slots__ = ("_arguments", "_pauses", "_stopped_early", "bodies")
+    __slots__ = ("_arguments", "_arrived", "_paused", "_running", "_stopped_early", "_waiting", "bodies")
 
     def __init__(self, root: torch.nn.Module, call: Call, memory: Memory, bodies: list[Body]) -> None:
         """Nothing runs yet, neither the model nor a body."""
         super().__init__(root, call, memory)
         self.bodies = bodies
+        for number, body in enumerate(bodies):
+            body.number = number
         self._arguments = (call.args, call.kwargs)
-        self._pauses = 0
+        self._running: Body | None = None
+        self._waiting = Waiting()  # for the model
+        self._arrived: list[Body] = []  # the model has come to what they waited for
+        self._paused = [*bodies]  # for another body, or at their start
         self._stopped_early = False
 
     # Asking, on a body's stack
@@ -102,19 +109,29 @@ class SharedRun(Run):
         at = self.at
         if at is None or at.module is not module or further or not (at.kind is kind or kind is INPUT):
             visit = self._expected(module, kind, path, further)
-            self._await(body, Awaited(visit, kind, further, since=self._pauses), f"`{spelled(path, kind)}`")
+            if kind is OUTPUT:
+                visit.stop_after = True
+            else:
+                visit.stop_before = True
+            self._wait(body, Awaited(visit, kind, path, further))
             if self.at is not visit:
-                visit.stop_after = visit.stop_before = False
+                if visit not in self._waiting:
+                    visit.stop_after = visit.stop_before = False
                 self._missed(visit, kind, path, at, further)
             at = visit
         return Share(at, body, self, path)
 
     def to_step(self, step: int) -> bool:
         """Pause the body until `step` begins; `False` where the model ends before."""
-        if self._forward.step < step:
-            self._await(self._asking(), Awaited(step=step), f"step {step}")
-            self._beyond = self._forward.finished
-        return not self._forward.finished
+        if self._forward.step < step and not self.finished:
+            self._wait(self._asking(), Awaited(step=step))
+        self._beyond = self.finished
+        return not self.finished
+
+    def _wait(self, body: Body, awaited: Awaited) -> None:
+        """Pause the body until the model has come to this, or will not come to it any more."""
+        self._waiting.add(body, awaited)
+        body.wait(awaited)
 
     def replace(self, visit: Any, value: Any, path: str) -> None:
         """Have the model go on with the body's rows replaced by `value`."""
@@ -131,25 +148,14 @@ class SharedRun(Run):
 
     def running(self) -> Body | None:
         """The body that calls this, if one does."""
-        return next((body for body in self.bodies if body.running), None)
+        body = self._running
+        return body if body is not None and current_stack() is body.stack else None
 
     def _asking(self) -> Body:
-        body = self.running()
-        if body is None:
+        body = self._running
+        if body is None or current_stack() is not body.stack:
             raise inside_forward()
         return body
-
-    def _await(self, body: Body, awaited: Awaited, words: str) -> None:
-        body.wait(lambda: self._has_come(awaited), words, awaited)
-
-    def _has_come(self, awaited: Awaited) -> bool:
-        """Whether the model has come to what a body waits for, or will not come to it any more."""
-        if self.finished:
-            return True
-        if awaited.visit is not None:
-            here = self.at is awaited.visit and self.at.kind is awaited.kind
-            return self._pauses > awaited.since and (here or (self._step_over and not awaited.further))
-        return awaited.step is not None and self._forward.step >= awaited.step
 
     def factors(self, total: int) -> set[int]:
         """By what the rows may be multiplied in this step: told by the arguments of the root's call."""
@@ -164,22 +170,21 @@ class SharedRun(Run):
         body = self.running()
         if body is not None:
             self._refuse_ended()
-            self._await(body, Awaited(), "the end of the model")
+            if not self.finished:
+                self._wait(body, Awaited())
             self._refuse_ended()
             return
         self._serve()
         while not self.finished:
-            waiting = [body for body in self.bodies if not body.finished]
-            wanted = any(body.awaited is not None for body in waiting)
-            if waiting and not wanted:
-                self._give_up(waiting)
-            elif self._stopped_early and not wanted:
+            if self._paused and not self._waiting:
+                self._give_up()
+            elif self._stopped_early and not self._waiting:
                 return
             else:
                 self._advance()
             self._serve()
-        while waiting := [body for body in self.bodies if not body.finished]:
-            self._give_up(waiting)
+        while self._paused:
+            self._give_up()
             self._serve()
         super().finish()
 
@@ -188,51 +193,56 @@ class SharedRun(Run):
         went_on = True
         while went_on:
             went_on = False
-            for body in self.bodies:
-                while not body.finished and body.ready():
-                    self._let_go_on(body)
+            arrived, self._arrived = self._arrived, []
+            for body in sorted((*arrived, *self._paused), key=_number):
+                if body.ready is None or body.ready():
                     went_on = True
+                    self._let_go_on(body)
 
     def _let_go_on(self, body: Body) -> None:
+        """Resume a body until it waits again, or ends."""
+        if body in self._paused:
+            self._paused.remove(body)
+        before, self._running = self._running, body
         try:
             body.resume()
             if body.finished:
                 body.check_lent()
+            elif not body.wants_model:
+                self._paused.append(body)
         except Stop as stop:
             if stop.run is not self:
                 raise
             self._stopped_early = True
+        finally:
+            self._running = before
 
     def _advance(self) -> None:
         """Let the model go on until it comes to what some body waits for; an error is raised at that body's line."""
-        self._arm()
+        forward = self._forward
+        forward.awaited = self._waiting.in_step > 0
+        forward.stop_before(self._waiting.next_step)
         at, self.at = self.at, None
         try:
-            self.at = reached = self._forward.resume()
+            self.at = reached = forward.resume()
         except BaseException as error:
             self._stopped(error, at)
-            body = next((body for body in self.bodies if body.awaited is not None), None)
-            if body is None:
+            self._arrived = sorted(self._waiting.all(), key=_number)
+            if not self._arrived:
                 raise
-            body.refuse(error)
+            self._arrived[0].refuse(error)
             return
-        finally:
-            self._pauses += 1
         self._step_over = reached is None
+        if self.finished:
+            self._arrived = self._waiting.all()
+        elif reached is None:
+            self._arrived = self._waiting.step_over()
+        else:
+            self._arrived = self._waiting.at(reached, forward.step)
 
-    def _arm(self) -> None:
-        """Have the model pause where bodies wait."""
-        waiting = [body.awaited for body in self.bodies if body.awaited is not None]
-        for awaited in waiting:
-            if awaited.visit is not None and awaited.kind is OUTPUT:
-                awaited.visit.stop_after = True
-            elif awaited.visit is not None:
-                awaited.visit.stop_before = True
-        self._forward.awaited = any(each.visit is not None and not each.further for each in waiting)
-        self._forward.stop_before(min((each.step for each in waiting if each.step is not None), default=None))
-
-    def _give_up(self, waiting: list[Body]) -> None:
+    def _give_up(self) -> None:
         """No body can go on and none waits for the model: have the first of them raise what tells so."""
+        waiting = sorted(self._paused, key=_number)
         who = "; ".join(f"{body.label} waits for {body.waits_for}" for body in waiting)
         ended = [body.label for body in self.bodies if body.finished]
         gone = f" {' and '.join(ended)} {'has' if len(ended) == 1 else 'have'} ended without it." if ended else ""
@@ -251,6 +261,10 @@ class SharedRun(Run):
                 body.close()
         finally:
             super().close()
+
+
+def _number(body: Body) -> int:
+    return body.number
 
 
 def shared_tensors(seen: Any, whole: Any) -> Any:

@@ -1,0 +1,66 @@
+"""The bodies that wait for the model, by what they wait for.
+
+waiting.add(body, Awaited(visit, "output", "transformer.h.5"))
+waiting.at(visit, step=0)       # the model is paused at the visit: the bodies that waited for this
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+from .bodies import Awaited, Body
+from .visits import Visit
+
+Entry = tuple[Body, Awaited]
+LATER: Final = None
+"""In the place of a visit: a step, or the end."""
+
+
+class Waiting:
+    """Who waits for which visit, step or end."""
+
+    __slots__ = ("_entries", "in_step")
+
+    def __init__(self) -> None:
+        self._entries: dict[Visit | None, list[Entry]] = {}
+        self.in_step = 0
+        """How many wait for a point of the current step, so that its end has to be told."""
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
+    def __contains__(self, visit: Visit) -> bool:
+        return visit in self._entries
+
+    def add(self, body: Body, awaited: Awaited) -> None:
+        """Note that `body` waits for this."""
+        self._entries.setdefault(awaited.visit, []).append((body, awaited))
+        self.in_step += awaited.in_step
+
+    @property
+    def next_step(self) -> int | None:
+        """The first step that somebody waits for."""
+        steps = (awaited.step for _, awaited in self._entries.get(LATER, ()))
+        return min((step for step in steps if step is not None), default=None)
+
+    def at(self, visit: Visit, step: int) -> list[Body]:
+        """The model is paused at `visit` in `step`: who waited for that waits no longer."""
+        here = self._take(visit, lambda awaited: awaited.kind is visit.kind) if visit in self._entries else []
+        return here + self._take(LATER, lambda awaited: awaited.step is not None and awaited.step <= step)
+
+    def step_over(self) -> list[Body]:
+        """The step has ended: who waited for a point in it waits no longer."""
+        return [body for visit in [*self._entries] for body in self._take(visit, lambda awaited: awaited.in_step)]
+
+    def all(self) -> list[Body]:
+        """The model has ended: nobody waits any longer."""
+        return [body for visit in [*self._entries] for body in self._take(visit, lambda _: True)]
+
+    def _take(self, visit: Visit | None, wanted: Callable[[Awaited], bool]) -> list[Body]:
+        """Remove those entries at one place that are `wanted`; their bodies."""
+        entries = self._entries.pop(visit, [])
+        stay = [entry for entry in entries if not wanted(entry[1])]
+        if stay:
+            self._entries[visit] = stay
+        gone = [entry for entry in entries if wanted(entry[1])]
+        self.in_step -= sum(awaited.in_step for _, awaited in gone)
+        return [body for body, _ in gone]
