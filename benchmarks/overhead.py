@@ -8,51 +8,23 @@ part where it is installed (`pip install nnsight==0.8.1`), in a process of its o
 imported and traced, a bare forward took 12 % longer and our reads 30 %.
 """
 
-import argparse
-import importlib.util
 import os
-import platform
-import random
-import statistics
-import subprocess
-import sys
-import time
-import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import tokenizers
 import torch
 import transformers
+from timing import PEER, Ways, arguments, print_header, print_table, run_peer
 
 from nnsight_eager import LanguageModel, NNsight
 
 LAYERS = 12
 TOKENS = 20
-Ways = dict[str, Callable[[], object]]
 
-PEER = "--peer" in sys.argv
 if PEER:
     import nnsight
-
-
-def median_times(ways: Ways, rounds: int) -> dict[str, float]:
-    """The median time of each way, in microseconds, over interleaved rounds."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way()
-    order = list(ways.items())
-    shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)
-        for name, way in order:
-            way()  # untimed: a way does not pay for what the one before has left
-            start = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) * 1e6 for name, each in times.items()}
 
 
 def with_hooks(layers: list[torch.nn.Module], run: Callable[[], object]) -> list[object]:
@@ -138,40 +110,12 @@ def any_tokenizer() -> object:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
 
 
-def print_table(title: str, ways: Ways, rounds: int) -> None:
-    """One markdown table."""
-    times = median_times(ways, rounds)
-    bare, *_ = times.values()
-    hooks = times["plain hooks"] - bare
-    print(f"\n{title}, {rounds} rounds\n")
-    print("| way | median | of bare | added | of hooks |")
-    print("|---|---:|---:|---:|---:|")
-    for name, each in times.items():
-        added = each - bare
-        ratio = f"{added / hooks:.2f}" if name not in ("wrapped, idle",) and added else "" if added else "0"
-        print(f"| {name} | {each:,.0f} µs | {each / bare:.3f} | {added:,.0f} µs | {ratio} |")
-
-
-def installed(name: str) -> str:
-    """The version of a package, or that it is missing."""
-    try:
-        return f"{name} {version(name)}"
-    except PackageNotFoundError:
-        return f"{name} not installed"
-
-
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2000, help="rounds of the smallest case; the others take fewer")
-    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
-    rounds = parser.parse_args().rounds
-    warnings.filterwarnings("ignore", module="nnsight")
+    rounds = arguments(__doc__, rounds=2000)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    packages = ", ".join(map(installed, ("torch", "transformers", "greenlet", "nnsight")))
-    if not PEER:
-        print(f"{platform.machine()}, Python {platform.python_version()}, 1 thread; {packages}")
+    print_header()
     mlp = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(LAYERS)]).eval()
     config = transformers.GPT2Config(n_layer=LAYERS, n_embd=768, n_head=12, vocab_size=50257)
     gpt2 = transformers.GPT2LMHeadModel(config).eval()
@@ -182,9 +126,7 @@ def main() -> None:
         print_table(title, forward_ways(gpt2, "transformer.h", input_ids=torch.arange(10)[None]), max(rounds // 40, 3))
         title = f"Every layer's output at each of {TOKENS} generated tokens of the same GPT-2"
         print_table(title, generation_ways(gpt2), max(rounds // 200, 3))
-    if not PEER and importlib.util.find_spec("nnsight"):
-        print("\nThe same in a process with nnsight, against its own baselines", flush=True)
-        subprocess.run([sys.executable, __file__, "--peer", f"--rounds={rounds}"], check=True)
+    run_peer(__file__, rounds)
 
 
 if __name__ == "__main__":

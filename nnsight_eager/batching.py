@@ -50,23 +50,22 @@ class Rows(NamedTuple):
             return None
         return slice(self.start * factor, self.stop * factor)
 
-    def seen(self, value: Any, factors: Factors, point: str) -> Any:
+    def seen(self, value: Any, factors: Factors, point: Callable[[], str]) -> Any:
         """This invoke's rows of `value`: views, so that a change in place is a change of the whole."""
         if self.stop - self.start == self.total:
             return value
-        where = self._where(factors)
-        seen = narrow(value, where)
+        seen = narrow(value, self._where(factors))
         if seen is value and not all(is_shared(each) for each in tensors(value)):
             raise RowsError(
-                f"The rows of this invoke in `{point}` cannot be told: it is {described(value)}, and the batch has "
+                f"The rows of this invoke in `{point()}` cannot be told: it is {described(value)}, and the batch has "
                 f"{self.total} rows.",
                 "Read it in an invoke that sees all rows: `with tracer.invoke():`, or a function with "
                 "`tracer.invoke(prompt, function, rows=None)`.",
-                asked=point,
+                asked=point(),
             )
         return seen
 
-    def written(self, whole: Any, part: Any, factors: Factors, point: str) -> Any:
+    def written(self, whole: Any, part: Any, factors: Factors, point: Callable[[], str]) -> Any:
         """`whole` with this invoke's rows replaced by `part`."""
         if self.stop - self.start == self.total:
             return part
@@ -74,7 +73,7 @@ class Rows(NamedTuple):
             return splice(whole, part, self._where(factors))
         except ValueError as error:
             raise EditError(
-                f"`{point}` was given {error}.",
+                f"`{point()}` was given {error}.",
                 "An invoke replaces its own rows, with a value of their shape; `with tracer.invoke():` sees and replaces all.",
             ) from None
 

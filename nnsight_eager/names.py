@@ -72,13 +72,13 @@ class Names(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         """What a name means that this body has not bound; `KeyError` makes Python raise a `NameError` at the line."""
-        place = self._place_of(name)
         for body in reversed(self.earlier.get(name, ())):
-            if body.number < self.number and body._place_of(name) == place and body._binds(name, self._wait):
+            same = body.number < self.number and body._place_of(name) == self._place_of(name)
+            if same and body._binds(name, self._wait):
                 return body.bound[name]
         if name in self._around:
             return self._around[name]
-        if self._local is not None and place == self._place:
+        if self._local is not None and self._place_of(name) == self._place:
             raise KeyError(name)  # a variable of the function that has no value yet
         return self._module[name] if name in self._module else super().__getitem__(name)
 

@@ -62,10 +62,9 @@ class Share:
         rows = self._body.rows
         if rows is None:
             return whole
-        point = spelled(self._path, kind)
-        seen = rows.seen(whole, self._run.factors, point)
+        seen = rows.seen(whole, self._run.factors, lambda: spelled(self._path, kind))
         if seen is whole or not isinstance(seen, torch.Tensor):
-            self._body.lend(shared_tensors(seen, whole), point)
+            self._body.lend(shared_tensors(seen, whole), spelled(self._path, kind))
         return seen
 
     def with_part(self, whole: Any, part: Any, kind: str) -> Any:
@@ -73,7 +72,7 @@ class Share:
         rows = self._body.rows
         if rows is None:
             return part
-        return rows.written(whole, part, self._run.factors, spelled(self._path, kind))
+        return rows.written(whole, part, self._run.factors, lambda: spelled(self._path, kind))
 
     @property
     def has_all_rows(self) -> bool:
