@@ -9,9 +9,11 @@ with model.trace("The Eiffel Tower is in the city of"):
     logits = model.lm_head.output
 """
 
+from .cache import Cache as Cache
 from .compat import add_save_to_tensors, save as save
 from .errors import (
     BatchError as BatchError,
+    CacheError as CacheError,
     ChangedInPlaceError as ChangedInPlaceError,
     DeadlockError as DeadlockError,
     EditError as EditError,
@@ -27,6 +29,7 @@ from .errors import (
     OutOfOrderError as OutOfOrderError,
     OutsideTraceError as OutsideTraceError,
     PaddingError as PaddingError,
+    PathError as PathError,
     PointError as PointError,
     RowsError as RowsError,
     RunEndedError as RunEndedError,

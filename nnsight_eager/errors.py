@@ -21,6 +21,8 @@ NnsightEagerError
 │   ├── PaddingError          several lengths, and nothing to pad them with
 │   ├── MaskError             a mask that does not fit
 │   └── BatchError            several inputs that do not go into one batch
+├── PathError                 no module has that path
+├── CacheError                a cache does not hold, or cannot keep, what is asked of it
 ├── LoadError                 a model cannot be loaded
 └── InternalError             our bug: please report it
 
@@ -124,6 +126,14 @@ class MaskError(InputError):
 
 class BatchError(InputError):
     """The inputs of several invokes do not go into one batch."""
+
+
+class PathError(NnsightEagerError):
+    """No module of the model has the path that was given."""
+
+
+class CacheError(NnsightEagerError):
+    """A cache does not hold, or cannot keep, what is asked of it."""
 
 
 class LoadError(NnsightEagerError):

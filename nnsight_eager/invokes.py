@@ -45,6 +45,7 @@ class Invokes:
         self.open = True
         self.made: list[Invoke] = []
         self.written: list[Invoke] = []
+        self.at_begin: list[Callable[[Any], None]] = []  # what is to be done with the run, outside every invoke
 
     def __getattr__(self, name: str) -> Any:
         # It stands where the run will be: whatever a point asks of it, there is no run yet.

@@ -7,15 +7,18 @@ with model.trace(torch.randn(1, 4)):
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from .batching import Given, joined
+from .cache import Cache
 from .errors import InputError
 from .run import Call
 from .trace import Division, Trace
 from .tree import Envoy, Tree
+
+CACHE_OPTIONS: Final = ("device", "dtype", "detach", "include_output", "include_inputs", "positions")
 
 
 class NNsight(Envoy):
@@ -43,6 +46,19 @@ class NNsight(Envoy):
         """
         call = self._call(fn, args, kwargs)
         return Trace(self._tree, call.name, call if args or _needs_none(call) else None, self._division(call, batched))
+
+    def cache(self, *inputs: Any, modules: Any = None, **options: Any) -> Cache:
+        """Run the model and keep what its modules return: a trace with nothing in it but `tracer.cache`.
+
+            cache = model.cache("The Eiffel Tower", modules="transformer.h.*", positions=-1)
+            cache["transformer.h.5"].output
+
+        Options are those of `tracer.cache`; what else is given goes to `trace`.
+        """
+        keep = {name: options.pop(name) for name in CACHE_OPTIONS if name in options}
+        with self.trace(*inputs, **options) as tracer:
+            cache = tracer.cache(modules, **keep)
+        return cache
 
     def batch(self, inputs: Sequence[Given]) -> tuple[Given, list[int]]:
         """How the inputs of several invokes become one call: the arguments of that call, and the rows of each input.

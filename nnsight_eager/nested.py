@@ -104,13 +104,17 @@ def with_items(value: Any, changes: dict[Any, Any]) -> Any:
     return changed
 
 
+def mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`value` with what `function` gives for each tensor in its place; `value` itself where nothing changes."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    done = {key: (item, mapped(item, function)) for key, item in items(value)}
+    return with_items(value, {key: new for key, (old, new) in done.items() if new is not old})
+
+
 def narrow(value: Any, where: Where) -> Any:
     """`value` with every tensor that `where` gives rows of narrowed to them, a view; what has none is shared."""
-    if isinstance(value, torch.Tensor):
-        rows = where(value)
-        return value if rows is None else value[rows]
-    narrowed = {key: (item, narrow(item, where)) for key, item in items(value)}
-    return with_items(value, {key: new for key, (old, new) in narrowed.items() if new is not old})
+    return mapped(value, lambda tensor: tensor if (rows := where(tensor)) is None else tensor[rows])
 
 
 def splice(whole: Any, part: Any, where: Where) -> Any:

@@ -4,7 +4,9 @@ path_in(root, root.transformer.h[2])             # "transformer.h.2"
 spelled("transformer.h.2", "output")             # "model.transformer.h[2].output"
 """
 
-from collections.abc import Iterator
+import difflib
+import fnmatch
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -18,6 +20,23 @@ def spelled(path: str, kind: str = "") -> str:
     """A path as one would write it: `model.transformer.h[2].output`."""
     parts = [f"[{part}]" if part.isdigit() else f".{part}" for part in path.split(".") if part]
     return "model" + "".join(parts) + (f".{kind}" if kind else "")
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence that refuses `name`: what it may have been meant for."""
+    close = difflib.get_close_matches(name, list(names), n=3)
+    return f"; did you mean {' or '.join(f'`{each}`' for each in close)}?" if close else "."
+
+
+def matching(root: torch.nn.Module, pattern: str) -> dict[str, torch.nn.Module]:
+    """The modules at a path in which `*` stands for any one name: `transformer.h.*.mlp`."""
+    wanted = pattern.split(".") if pattern else []
+    return {
+        path: module
+        for path, module in root.named_modules(remove_duplicate=False)
+        if len(names := path.split(".") if path else []) == len(wanted)
+        and all(fnmatch.fnmatchcase(name, part) for name, part in zip(names, wanted, strict=True))
+    }
 
 
 def modules_above(root: torch.nn.Module, module: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -10,20 +10,19 @@ The run is the caller's side; `visits` is the model's. A run is what every point
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from .coroutine import OUR_FOLDER, current_stack, inside_forward
+from .ears import Ears, Memory
 from .errors import RunEndedError
 from .missed import Miss
 from .nested import described
-from .order import Order
-from .paths import innermost_module, modules_above, path_in, spelled
-from .taps import put_up, take_down, tap_at
-from .visits import INPUT, OUTPUT, Forward, Kind, RootVisit, Visit, is_compiled, not_compiled, refuse_in_checkpoint
+from .paths import innermost_module, path_in, spelled
+from .visits import INPUT, OUTPUT, Forward, Kind, Visit, Watcher, refuse_in_checkpoint
 
 
 class Call(NamedTuple):
@@ -51,18 +50,6 @@ class Edit(NamedTuple):
         )
 
 
-class Memory:
-    """What the runs of one model leave for the next: the order learned for each kind of call, and ears to use again."""
-
-    __slots__ = ("compiled", "orders", "visits")
-
-    def __init__(self) -> None:
-        """Nothing has run yet."""
-        self.orders: dict[str, Order] = {}
-        self.visits: dict[int, Visit] = {}
-        self.compiled = False
-
-
 class Stop(BaseException):
     """Leaves the block, or the body, that has asked to stop `run`."""
 
@@ -77,17 +64,12 @@ class Run:
     __slots__ = (
         "__weakref__",
         "_beyond",
+        "_ears",
         "_failed_with",
         "_forward",
-        "_heard",
-        "_memory",
-        "_name",
-        "_order",
-        "_put_up",
         "_skipped",
         "_stack",
         "_step_over",
-        "_visits",
         "at",
         "cut_short",
         "edits",
@@ -104,25 +86,11 @@ class Run:
         self._failed_with = ""
         self._step_over = self._beyond = self.cut_short = False
         self._skipped: list[torch.nn.Module] = []
-        self._name = call.name
-        self._memory = memory
-        # Taken, so that a second run at the same time has ears of its own.
-        self._visits, memory.visits = memory.visits, {}
-        self._put_up: list[Visit] = []
-        self._heard: frozenset[int] | None = None
-        known = memory.orders.get(call.name)
-        self._order = known or Order()
         self._forward = forward = Forward(call.function, *call.args, **call.kwargs)
         self._stack = forward.stack
+        self._ears = Ears(root, call.name, forward, memory)
         try:
-            if known is None:
-                memory.compiled = any(map(is_compiled, root.modules()))
-                forward.learn(self._order)
-                self._listen_at(root.modules())
-            elif known.repeats:
-                self._listen_at(known.repeated)
-            if call.function is not root:
-                self._listen_at((root,))  # the call may run several steps, or none
+            self._ears.begin(several_steps=call.function is not root)
         except BaseException:
             self.close()
             raise
@@ -159,10 +127,8 @@ class Run:
     def _expected(self, module: torch.nn.Module, kind: Kind, path: str, further: bool) -> Visit:
         """The ear at the module, which the model has still to come by; an error where it will not."""
         at, forward = self.at, self._forward
-        visit = self._visits.get(id(module))
-        if visit is None or visit.forward is not forward:
-            visit = self._listen(module, visit)
-        elif visit.step == forward.step and not further and (not visit.going_on or kind is INPUT or visit.times > 1):
+        visit = self._ears.at(module)
+        if visit.step == forward.step and not further and (not visit.going_on or kind is INPUT or visit.times > 1):
             self._missed(visit, kind, path, at)
         if (
             forward.finished
@@ -200,6 +166,15 @@ class Run:
             self._stopped(error, at)
             raise
         self._step_over = visit is None
+
+    def watch(self, module: torch.nn.Module, watcher: Watcher) -> None:
+        """From now on have `watcher` see each call of the module, at its input and at its output, without pausing."""
+        visit = self._ears.at(module)
+        visit.watchers = (*visit.watchers, watcher)
+
+    def view(self, path: str) -> Callable[[Any, str], Any]:
+        """What whoever asks now sees of a value of the module at `path`: all of it."""
+        return lambda whole, kind: whole
 
     # Editing
 
@@ -256,8 +231,8 @@ class Run:
         forward = self._forward
         while not forward.finished:
             self._resume()
-        if forward.order is not None and not self._skipped:
-            self._memory.orders[self._name] = self._order
+        if not self._skipped:
+            self._ears.learned()
 
     def _refuse_ended(self) -> None:
         """Raise where the run has ended before its end."""
@@ -287,58 +262,17 @@ class Run:
     def _end(self) -> None:
         """Take the ears down and close the forward; done a second time it does only what is left."""
         self.at = None
-        take_down(self._put_up)
+        self._ears.take_down()
         self._forward.close()
         if self._forward.finished:  # else a frame of it waits on another thread, and uses its ears
-            for visit in self._put_up:
-                if self.cut_short or visit.going_on:
-                    visit.rest()
-                visit.forward = None
-                if visit.spent:
-                    self._visits.pop(id(visit.module), None)
-            self._memory.visits = self._visits
-        self._put_up, self._visits = [], {}
+            self._ears.put_away(self.cut_short)
+        self._ears.forget()
 
     def __del__(self) -> None:
         # A run left behind. At interpreter exit no switch is safe any more, and nothing is left to put back.
         if getattr(self, "open", False) and not sys.is_finalizing():
             with contextlib.suppress(Exception):  # what the model's own `finally` blocks raise has no reader
                 self.close()
-
-    # Listening
-
-    def _listen(self, module: torch.nn.Module, visit: Visit | None) -> Visit:
-        """Put up an ear at `module`, and at those around it, since their ends can be asked for from inside."""
-        if visit is None or visit.module is not module:
-            visit = self._new_ear(module)
-        visit.forward = self._forward
-        visit.step = -1
-        self._put_up.append(visit)
-        put_up(visit, self._stack)
-        around = self._order.around.get(id(module))
-        if around is None:
-            self._listen_at(modules_above(self.root, module))
-        elif around is not self._heard:
-            self._heard = around
-            self._listen_at(self._order.living(around))
-        return visit
-
-    def _listen_at(self, modules: Iterable[torch.nn.Module]) -> None:
-        """Put up an ear at each of these modules that has none."""
-        for module in modules:
-            visit = self._visits.get(id(module))
-            if visit is None or visit.forward is not self._forward:
-                self._listen(module, visit)
-
-    def _new_ear(self, module: torch.nn.Module) -> Visit:
-        """An ear for `module`, which later runs use again."""
-        if not self.open:
-            raise RunEndedError("This run has ended.", "Read points inside the `with` block, or open a new trace.")
-        kind = RootVisit if module is self.root else Visit
-        visit = tap_at(not_compiled(kind)() if self._memory.compiled else kind(), module)
-        visit.rest()
-        self._visits[id(module)] = visit  # whole before it is kept: Ctrl-C may come between any two lines
-        return visit
 
     # Errors
 
@@ -360,15 +294,15 @@ class Run:
         for skipped in self._skipped:
             if module is not skipped and any(each is module for each in skipped.modules()):
                 raise miss.skipped(path_in(self.root, skipped))
-        if self._order.runs(module) and (self._beyond or not self._order.runs(module, step)):
+        if self._ears.order.runs(module) and (self._beyond or not self._ears.order.runs(module, step)):
             raise miss.no_longer(self._forward.step if self._beyond else None)
-        if self._forward.order is None and self._order.runs(module, step):
+        if self._forward.order is None and self._ears.order.runs(module, step):
             raise miss.passed()
         raise miss.never()
 
     def _left_out(self, module: torch.nn.Module, skipped: Visit) -> bool:
         """Whether `module` lies inside one that is skipped and, as far as known, not called again in this step."""
-        once = self._forward.order is None and id(skipped.module) not in self._order.repeats
+        once = self._forward.order is None and id(skipped.module) not in self._ears.order.repeats
         return once and module is not skipped.module and any(each is module for each in skipped.module.modules())
 
     def _stopped(self, error: BaseException, at: Visit | None, awaited: Visit | None = None) -> None:

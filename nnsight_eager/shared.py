@@ -7,6 +7,7 @@ Bodies and model are resumed from the stack that opened the trace, one at a time
 go on has: at one visit the bodies run in the order written, again and again until nobody waits there.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ import torch
 from .batching import factors_in
 from .bodies import Awaited, Body
 from .coroutine import current_stack, inside_forward
+from .ears import Memory
 from .errors import DeadlockError
 from .nested import tensors
 from .paths import spelled
-from .run import Call, Memory, Run, Stop
+from .run import Call, Run, Stop
 from .visits import INPUT, OUTPUT, Kind, Visit
 from .waiting import Waiting
 
@@ -145,6 +147,14 @@ class SharedRun(Run):
         else:
             self.replace(self.ask(visit.visit.module, OUTPUT, path), value, path)
 
+    def view(self, path: str) -> Callable[[Any, str], Any]:
+        """What the body that asks sees of a value of the module at `path`: its rows; outside every body, all of it."""
+        body = self.running()
+        rows = body.rows if body is not None else None
+        if rows is None:
+            return super().view(path)
+        return lambda whole, kind: rows.seen(whole, self.factors, lambda: spelled(path, kind))
+
     def running(self) -> Body | None:
         """The body that calls this, if one does."""
         body = self._running
@@ -158,7 +168,7 @@ class SharedRun(Run):
 
     def factors(self, total: int) -> set[int]:
         """By what the rows may be multiplied in this step: told by the arguments of the root's call."""
-        visit = self._visits.get(id(self.root))
+        visit = self._ears.visits.get(id(self.root))
         going_on = visit is not None and visit.forward is self._forward and visit.going_on
         return factors_in((visit.args, visit.kwargs) if going_on and visit is not None else self._arguments, total)
 

@@ -13,6 +13,7 @@ import torch
 
 from .batching import Given, divided
 from .bodies import Barrier
+from .cache import Cache, Keep, Positions
 from .compat import add_save_to_builtins
 from .coroutine import without_our_frames
 from .current import enter, leave
@@ -139,6 +140,40 @@ class Trace:
             invoke = InvokeInPlace(self, given)
         return invoke if function is None else invoke(function)
 
+    def cache(
+        self,
+        modules: Any = None,
+        device: Any = "cpu",
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        include_output: bool = True,
+        include_inputs: bool = False,
+        positions: Positions = None,
+    ) -> Cache:
+        """Keep what modules return, from here on, without pausing.
+
+            with model.trace("The Eiffel Tower") as tracer:
+                cache = tracer.cache(modules=["transformer.h.*.mlp", model.lm_head], positions=-1)
+            cache["transformer.h.0.mlp"].output        # [batch, 1, hidden]
+            cache.transformer.h[0].mlp.output
+
+        `modules` are envoys or paths, `*` standing for any one name; all modules where it is `None`. `positions` (an index, a
+        slice or a list) chooses from dimension 1 of every `[batch, seq, ...]` tensor of three dimensions before it is stored.
+        In an invoke the cache keeps the invoke's rows. Raises `PathError` for a path that names no module.
+        """
+        cache, keep = Cache(), Keep(device, dtype, detach, include_output, include_inputs, positions)
+        chosen = Envoy(self._tree.root, "", self._tree)._chosen(modules)
+
+        def watch(run: Run) -> None:
+            for path, module in chosen.items():
+                run.watch(module, cache.watcher(path, keep, run.view(path)))
+
+        if self._run is None and self._invokes is not None:
+            self._invokes.at_begin.append(watch)
+        else:
+            watch(self._opened())
+        return cache
+
     def barrier(self, parties: int) -> Barrier:
         """A place where `parties` invokes wait for each other: call it in each of them; it can be used again and again."""
         return Barrier(parties, lambda: self._run.running() if isinstance(self._run, SharedRun) else None)
@@ -180,7 +215,10 @@ class Trace:
                 own = next(rows) if invoke.given is not None else None
                 body.rows = None if invoke.all_rows else own
             invokes.open = False
-            self._begin(SharedRun(self._tree.root, call, self._tree.memory, bodies))
+            run = SharedRun(self._tree.root, call, self._tree.memory, bodies)
+            self._begin(run)
+            for begin in invokes.at_begin:
+                begin(run)
             self._end(None)
         finally:
             invokes.export()

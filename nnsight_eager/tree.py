@@ -5,7 +5,6 @@ layer.mlp.output                    # a point of its child
 layer.ln_1.weight                   # anything else is the module's own
 """
 
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,10 +12,11 @@ import torch
 
 from .coroutine import without_our_frames
 from .current import current
-from .errors import EditError, OutOfOrderError
-from .paths import path_in, spelled
+from .ears import Memory
+from .errors import EditError, OutOfOrderError, PathError
+from .paths import matching, near, path_in, spelled
 from .points import Points
-from .run import Memory, Run
+from .run import Run
 from .visits import INPUT, OUTPUT, Kind, Visit
 
 
@@ -161,9 +161,7 @@ class Envoy(Points):
     def _unknown(self, name: str) -> str:
         """What to say of a name that is neither a point nor a child nor an attribute of the module."""
         names = [each for each in dir(self) if not each.startswith("_")]
-        near = difflib.get_close_matches(name, names, n=3)
-        hint = f"; did you mean {' or '.join(f'`{each}`' for each in near)}?" if near else "."
-        return f"`{spelled(self._path)}` ({type(self._module).__name__}) has no `{name}`{hint}"
+        return f"`{spelled(self._path)}` ({type(self._module).__name__}) has no `{name}`{near(name, names)}"
 
     def __getitem__(self, key: Any) -> Any:
         """`h[5]`, `h[-1]`, `h[2:5]` (a list), `layer["output"]`, `model["transformer.h.5"]`."""
@@ -181,6 +179,29 @@ class Envoy(Points):
             return self._child(names[key])
         except IndexError:
             raise IndexError(f"`{spelled(self._path)}` has {len(names)} modules; there is no [{key}].") from None
+
+    def _chosen(self, modules: Any) -> dict[str, torch.nn.Module]:
+        """The modules that a user names: `None` for all, envoys, modules, paths with `*` for any one name, lists of these."""
+        if modules is None:
+            return dict(self._module.named_modules(remove_duplicate=False))
+        if not isinstance(modules, (list, tuple, set)):
+            modules = [modules]
+        chosen: dict[str, torch.nn.Module] = {}
+        for each in modules:
+            if isinstance(each, Envoy):
+                chosen[each._path] = each._module
+            elif isinstance(each, torch.nn.Module):
+                chosen[path_in(self._module, each)] = each
+            else:
+                found = matching(self._module, each) or matching(self._module, str(each).removeprefix("model."))
+                if not found:
+                    names = (path for path, _ in self._module.named_modules())
+                    raise PathError(
+                        f"`{each}` names no module of `{type(self._module).__name__}`{near(str(each), names)}",
+                        "Give envoys, or paths as in `print(model)`, with `*` for any one name: `transformer.h.*.mlp`.",
+                    )
+                chosen |= found
+        return chosen
 
     def __len__(self) -> int:
         return len(self._module)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from .taps import Tap, global_forward_hooks
 from .torch_state import grad_enabled, top_saved_tensor_hooks
 
 Kind = Literal["input", "output"]
+Watcher = Callable[["Visit"], None]
 INPUT: Final = "input"
 OUTPUT: Final = "output"
 
@@ -61,7 +62,7 @@ class Visit(Tap):
     """
 
     __slots__ = ("args", "depth", "forward", "going_on", "kind", "kwargs", "skipped", "step", "stop_after", "stop_before",
-        "times", "value", "versions")  # fmt: skip
+        "times", "value", "versions", "watchers")  # fmt: skip
 
     forward: Forward | None  # whose ear this is, while it is put up
     step: int  # the step of the last call
@@ -76,12 +77,14 @@ class Visit(Tap):
     versions: Any
     skipped: bool
     value: Any
+    watchers: tuple["Watcher", ...]  # what sees the call without pausing, after all who pause
 
     def rest(self) -> None:
         """Refer to no run and to no call."""
         self.forward = self.value = self.versions = self.args = self.kwargs = None  # type: ignore[assignment]
         self.going_on = self.stop_before = self.stop_after = self.skipped = False
         self.step, self.times, self.depth = -1, 0, 0
+        self.watchers = ()
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """One call of the module."""
@@ -106,7 +109,7 @@ class Visit(Tap):
         except (AttributeError, IndexError, RuntimeError):
             self.versions = versions(args, kwargs)
         try:
-            if self.stop_before or forward.watched:
+            if self.stop_before or self.watchers or forward.watched:
                 self._enter(forward)
                 value = self.value if self.skipped else self.__wrapped__(*self.args, **self.kwargs)
             else:
@@ -127,6 +130,8 @@ class Visit(Tap):
             self.stop_before = False
             self._pause(forward, (self.args, self.kwargs))
             self.versions = versions(self.args, self.kwargs)  # an edit at the input is what the module receives
+        for watcher in self.watchers:
+            watcher(self)
 
     def _leave(self, value: Any) -> Any:
         """The forward has returned, or was left out; what is returned here is what the caller gets."""
@@ -138,6 +143,10 @@ class Visit(Tap):
             self.value = value
             self._pause(forward, value)
             value = self.value
+        if self.watchers:
+            self.kind, self.value = OUTPUT, value
+            for watcher in self.watchers:
+                watcher(self)
         self._forget(forward)
         return value
 

@@ -1,0 +1,122 @@
+"""One run's ears at the modules of its model: put up where somebody asks, taken down when the run ends.
+
+    ears = Ears(root, "forward", forward, Memory())
+    ears.at(layer).stop_after = True      # the forward pauses when the layer has its output
+    ears.take_down()
+
+A listening module costs a little, so a run listens only where it is asked to, at what encloses that, and at what is known to be
+visited several times; the first run of a kind of call listens everywhere and learns what that is.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from .errors import RunEndedError
+from .order import Order
+from .paths import modules_above
+from .taps import put_up, take_down, tap_at
+from .visits import Forward, RootVisit, Visit, is_compiled, not_compiled
+
+
+class Memory:
+    """What the runs of one model leave for the next: the order learned for each kind of call, and ears to use again."""
+
+    __slots__ = ("compiled", "orders", "visits")
+
+    def __init__(self) -> None:
+        """Nothing has run yet."""
+        self.orders: dict[str, Order] = {}
+        self.visits: dict[int, Visit] = {}
+        self.compiled = False
+
+
+class Ears:
+    """The ears of one run, by the identity of their module."""
+
+    __slots__ = ("_around", "_forward", "_memory", "_name", "_put_up", "_root", "_stack", "open", "order", "visits")
+
+    def __init__(self, root: torch.nn.Module, name: str, forward: Forward, memory: Memory) -> None:
+        """No module listens yet. `name` is the kind of call, `memory` what earlier runs of this model have left."""
+        self._root = root
+        self._name = name
+        self._forward = forward
+        self._stack = forward.stack
+        self._memory = memory
+        # Taken, so that a second run at the same time has ears of its own.
+        self.visits, memory.visits = memory.visits, {}
+        self.open = True
+        self._put_up: list[Visit] = []
+        self._around: frozenset[int] | None = None
+        self.order = memory.orders.get(name) or Order()
+
+    def begin(self, several_steps: bool) -> None:
+        """Listen where a run always does; `several_steps` says that the call may run the root several times, or not at all."""
+        if self._name not in self._memory.orders:
+            self._memory.compiled = any(map(is_compiled, self._root.modules()))
+            self._forward.learn(self.order)
+            self._listen_at(self._root.modules())
+        elif self.order.repeats:
+            self._listen_at(self.order.repeated)
+        if several_steps:
+            self._listen_at((self._root,))
+
+    def at(self, module: torch.nn.Module) -> Visit:
+        """The ear at `module`, put up where there is none yet."""
+        visit = self.visits.get(id(module))
+        return visit if visit is not None and visit.forward is self._forward else self._listen(module, visit)
+
+    def learned(self) -> None:
+        """The run has come to its end: what it has learned holds for later ones."""
+        if self._forward.order is not None:
+            self._memory.orders[self._name] = self.order
+
+    def take_down(self) -> None:
+        """Take every ear out of its module."""
+        take_down(self._put_up)
+
+    def put_away(self, cut_short: bool) -> None:
+        """Leave the ears to later runs; done once the forward has ended, whose frames use them."""
+        for visit in self._put_up:
+            if cut_short or visit.going_on:
+                visit.rest()
+            visit.forward, visit.watchers = None, ()
+            if visit.spent:
+                self.visits.pop(id(visit.module), None)
+        self._memory.visits = self.visits
+
+    def forget(self) -> None:
+        """Refer to no ear any more, and put up none."""
+        self.open = False
+        self._put_up, self.visits = [], {}
+
+    def _listen(self, module: torch.nn.Module, visit: Visit | None) -> Visit:
+        """Put up an ear at `module`, and at those around it, since their ends can be asked for from inside."""
+        if visit is None or visit.module is not module:
+            visit = self._new_ear(module)
+        visit.forward = self._forward
+        visit.step = -1
+        self._put_up.append(visit)
+        put_up(visit, self._stack)
+        around = self.order.around.get(id(module))
+        if around is None:
+            self._listen_at(modules_above(self._root, module))
+        elif around is not self._around:
+            self._around = around
+            self._listen_at(self.order.living(around))
+        return visit
+
+    def _listen_at(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Put up an ear at each of these modules that has none."""
+        for module in modules:
+            self.at(module)
+
+    def _new_ear(self, module: torch.nn.Module) -> Visit:
+        """An ear for `module`, which later runs use again."""
+        if not self.open:
+            raise RunEndedError("This run has ended.", "Read points inside the `with` block, or open a new trace.")
+        kind = RootVisit if module is self._root else Visit
+        visit = tap_at(not_compiled(kind)() if self._memory.compiled else kind(), module)
+        visit.rest()
+        self.visits[id(module)] = visit  # whole before it is kept: Ctrl-C may come between any two lines
+        return visit
