@@ -91,11 +91,11 @@ def divided(sizes: Sequence[int]) -> list[Rows]:
 
 
 def factors_in(arguments: Any, total: int) -> set[int]:
-    """By what the number of rows may be multiplied in a call with these arguments: beams, and sequence lengths."""
+    """By what the number of rows may be multiplied in a call with these arguments: beams, and those times a sequence length."""
     batched = [each for each in tensors(arguments) if each.dim() > 1 and each.shape[0] and not each.shape[0] % total]
     repeats = {each.shape[0] // total for each in batched}
     lengths = {each.shape[1] for each in batched if each.dim() < 4}
-    return repeats | lengths | {repeat * length for repeat in repeats for length in lengths}
+    return repeats | {repeat * length for repeat in repeats for length in lengths}
 
 
 def joined(given: Sequence[Given]) -> tuple[Given, list[int]]:
