@@ -59,7 +59,7 @@ class Share:
     def part(self, whole: Any, kind: str) -> Any:
         """The body's rows of `whole`, a value of this visit; what it shares with other bodies it must not change in place."""
         rows = self._body.rows
-        if rows is None:
+        if rows is None or self.has_all_rows:
             return whole
         point = spelled(self._path, kind)
         seen = rows.seen(whole, self._run.factors(rows.total), point)
