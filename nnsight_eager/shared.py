@@ -254,6 +254,6 @@ class SharedRun(Run):
 
 
 def shared_tensors(seen: Any, whole: Any) -> Any:
-    """The tensors that a body sees as they are in the whole batch's value."""
+    """What a body sees as it is in the whole batch's value, and rows that are one row in memory (`expand`)."""
     own = {id(each) for each in tensors(whole)}
-    return [each for each in tensors(seen) if id(each) in own]
+    return [each for each in tensors(seen) if id(each) in own or (each.dim() and not each.stride(0))]
