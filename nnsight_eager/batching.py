@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .errors import BatchError, EditError, RowsError
-from .nested import Where, described, items, narrow, splice, tensors, with_items
+from .nested import Where, described, first_tensor, items, narrow, splice, tensors, with_items
 
 Factors = Callable[[int], Collection[int]]
 """Gives, for the number of rows, by what it may be multiplied in the run."""
@@ -93,18 +93,19 @@ def divided(sizes: Sequence[int]) -> list[Rows]:
 
 
 def factors_in(arguments: Any, total: int) -> set[int]:
-    """By what the number of rows may be multiplied in a call with these arguments: beams, and sequence lengths."""
+    """By what the number of rows may be multiplied in a call with these arguments: beams, and those times a sequence length."""
     batched = [each for each in tensors(arguments) if each.dim() > 1 and each.shape[0] and not each.shape[0] % total]
     repeats = {each.shape[0] // total for each in batched}
     lengths = {each.shape[1] for each in batched if each.dim() < 4}
-    return repeats | lengths | {repeat * length for repeat in repeats for length in lengths}
+    return repeats | {repeat * length for repeat in repeats for length in lengths}
 
 
 def joined(given: Sequence[Given]) -> tuple[Given, list[int]]:
     """The inputs of several invokes as one call: tensors are concatenated along dimension 0."""
     sizes = [size_of(each) for each in given]
-    args = _join([each.args for each in given], "the positional arguments")
-    kwargs = _join([each.kwargs for each in given], "the keywords")
+    counted = first_tensor((given[0].args, given[0].kwargs))
+    args = _join([each.args for each in given], "the positional arguments", counted)
+    kwargs = _join([each.kwargs for each in given], "the keywords", counted)
     return Given(args, kwargs), sizes
 
 
@@ -119,13 +120,13 @@ def size_of(given: Given) -> int:
     return sizes[0]
 
 
-def _join(values: Sequence[Any], what: str) -> Any:
-    """The same value of each input as one value."""
+def _join(values: Sequence[Any], what: str, counted: torch.Tensor | None) -> Any:
+    """The same value of each input as one value; `counted` is the tensor of the first that has told the number of its rows."""
     first = values[0]
     if len(values) == 1:
         return first
     if all(isinstance(each, torch.Tensor) for each in values):
-        if all(each is first for each in values) and is_shared(first):
+        if first is not counted and all(each is first for each in values) and is_shared(first):
             return first
         if first.dim() and all(each.shape[1:] == first.shape[1:] and each.dim() == first.dim() for each in values):
             return torch.cat(tuple(values))
@@ -138,7 +139,8 @@ def _join(values: Sequence[Any], what: str) -> Any:
             raise _unequal(what, values)
         return first
     each_item = [dict(items(each)) for each in values]
-    return with_items(first, {key: _join([each[key] for each in each_item], f"{key!r} in {what}") for key in keys[0]})
+    joined_items = {key: _join([each[key] for each in each_item], f"{key!r} in {what}", counted) for key in keys[0]}
+    return with_items(first, joined_items)
 
 
 def _unequal(what: str, values: Sequence[Any]) -> BatchError:

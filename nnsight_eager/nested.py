@@ -150,11 +150,18 @@ def _spliced(whole: torch.Tensor, part: Any, rows: slice | None) -> torch.Tensor
     there = whole[rows]
     if part.shape != there.shape:
         raise ValueError(f"{described(part)} in the place of {described(there)}")
-    in_place = part.device == there.device and part.dtype == there.dtype and part.stride() == there.stride()
-    same = in_place and part.data_ptr() == there.data_ptr()
-    if same and (not whole.requires_grad or (part.requires_grad and not part.is_leaf)):
+    alike = part.device == there.device and part.dtype == there.dtype and part.stride() == there.stride()
+    if alike and part.data_ptr() == there.data_ptr() and _has_gradient_of(whole, part):
         return whole
     return torch.cat((whole[: rows.start], part.to(there), whole[rows.stop :]))
+
+
+def _has_gradient_of(whole: torch.Tensor, view: torch.Tensor) -> bool:
+    """Whether the gradient of a view is that of the whole: a detached one, or a custom function's, shares memory only."""
+    if not (whole.requires_grad and view.requires_grad):
+        return not (whole.requires_grad or view.requires_grad)
+    made_from = view.grad_fn.next_functions if view.grad_fn is not None else ()
+    return [node for node, _ in made_from] == [whole.grad_fn]
 
 
 def described(value: Any) -> str:

@@ -106,7 +106,10 @@ def _padded(name: str, values: Sequence[torch.Tensor], side: Side, pad: int | No
     for value in values:
         gap = longest - value.shape[1] if value.dim() > 1 else 0
         spare = (gap, 0) if side == "left" else (0, gap)
-        rows.append(torch.nn.functional.pad(value, (0, 0) * (value.dim() - 2) + spare, value=fill) if gap else value)
+        row = torch.nn.functional.pad(value, (0, 0) * (value.dim() - 2) + spare, value=fill) if gap else value
+        if name == "labels" and gap and side == "left":
+            row[:, gap] = fill  # a causal model would predict it from the padding before it; alone nothing predicts it
+        rows.append(row)
     if any(row.shape[1:] != rows[0].shape[1:] for row in rows):
         raise BatchError(
             f"`{name}` of the inputs cannot be put into one batch: {', '.join(str(list(value.shape)) for value in values)}.",

@@ -62,7 +62,7 @@ class Share:
     def part(self, whole: Any, kind: str) -> Any:
         """The body's rows of `whole`, a value of this visit; what it shares with other bodies it must not change in place."""
         rows = self._body.rows
-        if rows is None:
+        if rows is None or self.has_all_rows:
             return whole
         seen = rows.seen(whole, self._run.factors, lambda: spelled(self._path, kind))
         if seen is whole or not isinstance(seen, torch.Tensor):
@@ -277,6 +277,6 @@ def _number(body: Body) -> int:
 
 
 def shared_tensors(seen: Any, whole: Any) -> Any:
-    """The tensors that a body sees as they are in the whole batch's value."""
+    """What a body sees as it is in the whole batch's value, and rows that are one row in memory (`expand`)."""
     own = {id(each) for each in tensors(whole)}
-    return [each for each in tensors(seen) if id(each) in own]
+    return [each for each in tensors(seen) if id(each) in own or (each.dim() and not each.stride(0))]
