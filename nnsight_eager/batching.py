@@ -10,13 +10,17 @@ rows: alone it is refused, inside a structure it is shared, and a structure in w
 """
 
 from collections.abc import Callable, Collection, Sequence
+from fractions import Fraction
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from .errors import BatchError, EditError, RowsError
 from .nested import Where, described, first_tensor, items, narrow, splice, tensors, with_items
+
+PLAIN: Final = (type(None), bool, int, float, complex, str, bytes, tuple, list, dict, torch.dtype, torch.device)
+"""Values without tensors that are the same for every row."""
 
 Factors = Callable[[int], Collection[int]]
 """Gives, for the number of rows, by what it may be multiplied in the run."""
@@ -52,10 +56,21 @@ class Rows(NamedTuple):
 
     def seen(self, value: Any, factors: Factors, point: Callable[[], str]) -> Any:
         """This invoke's rows of `value`: views, so that a change in place is a change of the whole."""
-        if self.stop - self.start == self.total:
+        if self.all:
             return value
-        seen = narrow(value, self._where(factors))
-        if seen is value and not all(is_shared(each) for each in tensors(value)):
+        self.require(value, factors, point)
+        return narrow(value, self._where(factors))
+
+    @property
+    def all(self) -> bool:
+        """Whether these are all rows there are."""
+        return self.stop - self.start == self.total
+
+    def require(self, value: Any, factors: Factors, point: Callable[[], str]) -> None:
+        """Raise where nothing in `value` has rows, and it is not shared by all either."""
+        inside = list(tensors(value))
+        shared = all(map(is_shared, inside)) if inside else isinstance(value, PLAIN) or bool(items(value))
+        if not shared and all(self.of(each, factors) is None for each in inside):
             raise RowsError(
                 f"The rows of this invoke in `{point()}` cannot be told: it is {described(value)}, and the batch has "
                 f"{self.total} rows.",
@@ -63,11 +78,10 @@ class Rows(NamedTuple):
                 "`tracer.invoke(prompt, function, rows=None)`.",
                 asked=point(),
             )
-        return seen
 
     def written(self, whole: Any, part: Any, factors: Factors, point: Callable[[], str]) -> Any:
         """`whole` with this invoke's rows replaced by `part`."""
-        if self.stop - self.start == self.total:
+        if self.all:
             return part
         try:
             return splice(whole, part, self._where(factors))
@@ -104,8 +118,8 @@ def joined(given: Sequence[Given]) -> tuple[Given, list[int]]:
     """The inputs of several invokes as one call: tensors are concatenated along dimension 0."""
     sizes = [size_of(each) for each in given]
     counted = first_tensor((given[0].args, given[0].kwargs))
-    args = _join([each.args for each in given], "the positional arguments", counted)
-    kwargs = _join([each.kwargs for each in given], "the keywords", counted)
+    args = _join([each.args for each in given], "the positional arguments", counted, sizes)
+    kwargs = _join([each.kwargs for each in given], "the keywords", counted, sizes)
     return Given(args, kwargs), sizes
 
 
@@ -120,7 +134,7 @@ def size_of(given: Given) -> int:
     return sizes[0]
 
 
-def _join(values: Sequence[Any], what: str, counted: torch.Tensor | None) -> Any:
+def _join(values: Sequence[Any], what: str, counted: torch.Tensor | None, sizes: Sequence[int]) -> Any:
     """The same value of each input as one value; `counted` is the tensor of the first that has told the number of its rows."""
     first = values[0]
     if len(values) == 1:
@@ -128,7 +142,8 @@ def _join(values: Sequence[Any], what: str, counted: torch.Tensor | None) -> Any
     if all(isinstance(each, torch.Tensor) for each in values):
         if first is not counted and all(each is first for each in values) and is_shared(first):
             return first
-        if first.dim() and all(each.shape[1:] == first.shape[1:] and each.dim() == first.dim() for each in values):
+        alike = first.dim() and all(each.shape[1:] == first.shape[1:] and each.dim() == first.dim() for each in values)
+        if alike and len({Fraction(len(each), size or 1) for each, size in zip(values, sizes, strict=True)}) == 1:
             return torch.cat(tuple(values))
         raise _unequal(what, values)
     keys = [[key for key, _ in items(each)] for each in values]
@@ -139,7 +154,7 @@ def _join(values: Sequence[Any], what: str, counted: torch.Tensor | None) -> Any
             raise _unequal(what, values)
         return first
     each_item = [dict(items(each)) for each in values]
-    joined_items = {key: _join([each[key] for each in each_item], f"{key!r} in {what}", counted) for key in keys[0]}
+    joined_items = {key: _join([each[key] for each in each_item], f"{key!r} in {what}", counted, sizes) for key in keys[0]}
     return with_items(first, joined_items)
 
 

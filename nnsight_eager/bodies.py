@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from .batching import Rows
 from .coroutine import Coroutine, current_stack, inside_forward
-from .errors import EditError, RunError
-from .nested import tensors
+from .errors import RunError
 from .paths import spelled
 from .visits import Kind, Visit
 
@@ -39,7 +38,7 @@ class Awaited(NamedTuple):
 class Body(Coroutine):
     """One invoke's program, which runs on a stack of its own until it has to wait."""
 
-    __slots__ = ("_lent", "_refusal", "label", "number", "ready", "rows", "waits_for")
+    __slots__ = ("_refusal", "label", "number", "ready", "rows", "waits_for")
 
     def __init__(self, function: Callable[[], Any], label: str) -> None:
         """It begins with the torch settings in force here, at its first `resume`."""
@@ -50,7 +49,6 @@ class Body(Coroutine):
         self.ready: Callable[[], bool] | None = _at_once  # `None`: whoever runs the model tells
         self.waits_for: Awaited | str = ""
         self._refusal: BaseException | None = None
-        self._lent: list[tuple[Any, int, str]] = []
 
     @property
     def wants_model(self) -> bool:
@@ -66,7 +64,6 @@ class Body(Coroutine):
         """On the body's stack: pause, and raise what it was refused with meanwhile."""
         if current_stack() is not self.stack:
             raise inside_forward()
-        self.check_lent()
         self.ready, self.waits_for = ready, waits_for
         try:
             self.pause(None)
@@ -86,22 +83,6 @@ class Body(Coroutine):
             raise refusal
         finally:
             del refusal
-
-    def lend(self, value: Any, point: str) -> None:
-        """Note what was given to read only: tensors that all invokes share."""
-        self._lent += [(each, each._version, point) for each in tensors(value) if not each.is_inference()]
-
-    def check_lent(self) -> None:
-        """Raise where the body has changed in place what it shares with the other invokes."""
-        if not self._lent:
-            return
-        lent, self._lent = self._lent, []
-        for tensor, version, point in lent:
-            if tensor._version != version:
-                raise EditError(
-                    f"`{point}` was changed in place in {self.label}, and all invokes share it.",
-                    "Change a copy (`.clone()`), or change it in an invoke that sees all rows: `with tracer.invoke():`.",
-                )
 
 
 def _at_once() -> bool:

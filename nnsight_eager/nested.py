@@ -4,10 +4,11 @@ shapes(layer.output)          # (torch.Size([1, 10, 768]), (torch.Size([1, 12, 1
 first_tensor(layer.output)    # the hidden states, however they are wrapped
 """
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -150,10 +151,37 @@ def _spliced(whole: torch.Tensor, part: Any, rows: slice | None) -> torch.Tensor
     there = whole[rows]
     if part.shape != there.shape:
         raise ValueError(f"{described(part)} in the place of {described(there)}")
-    alike = part.device == there.device and part.dtype == there.dtype and part.stride() == there.stride()
-    if alike and part.data_ptr() == there.data_ptr() and _has_gradient_of(whole, part):
+    if not torch.can_cast(part.dtype, there.dtype):
+        raise ValueError(f"{described(part)} in the place of {described(there)}, which cannot hold it")
+    if _is_same(part, there) and _has_gradient_of(whole, part):
         return whole
-    return torch.cat((whole[: rows.start], part.to(there), whole[rows.stop :]))
+    with as_where_made(whole, part):
+        return torch.cat((whole[: rows.start], part.to(there), whole[rows.stop :]))
+
+
+def _is_same(part: torch.Tensor, there: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are the same memory, read in the same way."""
+    if part.device != there.device or part.dtype != there.dtype or part.stride() != there.stride():
+        return False
+    return part.data_ptr() == there.data_ptr() and part.is_conj() == there.is_conj() and part.is_neg() == there.is_neg()
+
+
+def as_where_made(whole: torch.Tensor, *others: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Work on parts of `whole` as where it was made: its gradient must not end where some code reads it under `no_grad`."""
+    inference = whole.is_inference()
+    differentiable = whole.requires_grad or any(each.requires_grad for each in others)
+    if torch.is_inference_mode_enabled() == inference and (torch.is_grad_enabled() or not differentiable):
+        return _AS_IT_IS
+    return _with_modes(inference, differentiable)
+
+
+_AS_IT_IS: Final = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _with_modes(inference: bool, differentiable: bool) -> Iterator[None]:
+    with torch.inference_mode(inference), torch.set_grad_enabled(differentiable):
+        yield
 
 
 def _has_gradient_of(whole: torch.Tensor, view: torch.Tensor) -> bool:

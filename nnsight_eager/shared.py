@@ -16,9 +16,9 @@ from .batching import factors_in
 from .bodies import Awaited, Body
 from .coroutine import current_stack, inside_forward
 from .ears import Memory
-from .errors import DeadlockError
-from .nested import tensors
-from .paths import spelled
+from .errors import DeadlockError, RunEndedError
+from .lending import Lending, held
+from .paths import path_in, spelled
 from .run import Call, Run, Stop
 from .visits import INPUT, OUTPUT, Kind, Visit
 from .waiting import Waiting
@@ -60,33 +60,19 @@ class Share:
         return self.visit.inputs_unchanged()
 
     def part(self, whole: Any, kind: str) -> Any:
-        """The body's rows of `whole`, a value of this visit; what it shares with other bodies it must not change in place."""
-        rows = self._body.rows
-        if rows is None or self.has_all_rows:
-            return whole
-        seen = rows.seen(whole, self._run.factors, lambda: spelled(self._path, kind))
-        if seen is whole or not isinstance(seen, torch.Tensor):
-            self._body.lend(shared_tensors(seen, whole), spelled(self._path, kind))
-        return seen
-
-    def with_part(self, whole: Any, part: Any, kind: str) -> Any:
-        """`whole` with the body's rows of it replaced."""
-        rows = self._body.rows
-        if rows is None:
-            return part
-        return rows.written(whole, part, self._run.factors, lambda: spelled(self._path, kind))
+        """The body's rows of `whole`, a value of this visit."""
+        return self._run.lend(self.visit, self._body, whole, lambda: spelled(self._path, kind))
 
     @property
     def has_all_rows(self) -> bool:
         """Whether the body sees the whole batch."""
-        rows = self._body.rows
-        return rows is None or rows.stop - rows.start == rows.total
+        return self._body.rows is None or self._body.rows.all
 
 
 class SharedRun(Run):
     """One model call in progress, and the bodies that read and edit it."""
 
-    __slots__ = ("_arguments", "_arrived", "_paused", "_running", "_stopped_early", "_waiting", "bodies")
+    __slots__ = ("_arguments", "_arrived", "_closing", "_left_early", "_lending", "_paused", "_running", "_waiting", "bodies")
 
     def __init__(self, root: torch.nn.Module, call: Call, memory: Memory, bodies: list[Body]) -> None:
         """Nothing runs yet, neither the model nor a body."""
@@ -96,17 +82,20 @@ class SharedRun(Run):
             body.number = number
         self._arguments = (call.args, call.kwargs)
         self._running: Body | None = None
+        self._lending = Lending()
         self._waiting = Waiting()  # for the model
         self._arrived: list[Body] = []  # the model has come to what they waited for
         self._paused = [*bodies]  # for another body, or at their start
-        self._stopped_early = False
+        self._left_early = 0
+        self._closing = False
 
     # Asking, on a body's stack
 
     def ask(self, module: torch.nn.Module, kind: Kind, path: str, further: bool = False) -> Any:
         """Pause the body until the model is at the visit; its share of the visit."""
         body = self._asking()
-        body.check_lent()
+        if self._closing:
+            raise RunEndedError("This run is being closed.", "Read points before the block is left.")
         at = self.at
         if at is None or at.module is not module or further or not (at.kind is kind or kind is INPUT):
             visit = self._expected(module, kind, path, further)
@@ -136,9 +125,29 @@ class SharedRun(Run):
 
     def replace(self, visit: Any, value: Any, path: str) -> None:
         """Have the model go on with the body's rows replaced by `value`."""
-        whole = visit.visit
-        before = whole.value if whole.kind is OUTPUT else (whole.args, whole.kwargs)
-        super().replace(whole, visit.with_part(before, value, whole.kind), path)
+        at, body = visit.visit, self._asking()
+        if not visit.has_all_rows:
+            self._settle(body)
+            self._lending.put_together(at)
+            value = self._written(body, held(at), self._lending.replaces(body, value), spelled(path, at.kind))
+        super().replace(at, value, path)
+
+    def lend(self, visit: Visit, body: Body, whole: Any, point: Callable[[], str]) -> Any:
+        """The body's rows of a value of the visit."""
+        rows = body.rows
+        return whole if rows is None or rows.all else self._lending.lend(visit, body, rows, whole, self.factors, point)
+
+    def _settle(self, body: Body) -> None:
+        """Make the model's what the body has exchanged in the containers it was given."""
+        at = self.at
+        self._lending.settle(body, at, lambda whole, part: self._written(body, whole, part, self._point(at)))
+
+    def _written(self, body: Body, whole: Any, part: Any, point: str) -> Any:
+        rows = body.rows
+        return part if rows is None else rows.written(whole, part, self.factors, lambda: point)
+
+    def _point(self, at: Visit | None) -> str:
+        return spelled(path_in(self.root, at.module), at.kind) if at is not None else ""
 
     def skip(self, visit: Any, value: Any, path: str) -> None:
         """Go on with `value` as the module's output; the module still runs where it has other bodies' rows to compute."""
@@ -183,19 +192,34 @@ class SharedRun(Run):
                 self._wait(body, Awaited())
             self._refuse_ended()
             return
+        try:
+            self._finish()
+        except BaseException as error:
+            self._close_bodies(error)
+            raise
+
+    def _finish(self) -> None:
         self._serve()
-        while not self.finished:
-            if self._paused and not self._waiting:
+        while self._paused or not self.finished:
+            if self._paused and (self.finished or not self._waiting):
                 self._give_up()
-            elif self._stopped_early and not self._waiting:
+            elif self._left_early == len(self.bodies):
                 return
             else:
                 self._advance()
             self._serve()
-        while self._paused:
-            self._give_up()
-            self._serve()
         super().finish()
+
+    def _close_bodies(self, error: BaseException) -> None:
+        """Run the `finally` blocks of every body; what they raise is noted on the error that ends them."""
+        self._closing = True
+        for body in self.bodies:
+            self._running = body
+            try:
+                body.close()
+            except Exception as closing:
+                error.add_note(f"While {body.label} was closed it raised {type(closing).__name__}: {closing}")
+        self._running = None
 
     def _serve(self) -> None:
         """Let bodies go on, in the order written, until none can."""
@@ -215,14 +239,13 @@ class SharedRun(Run):
         before, self._running = self._running, body
         try:
             body.resume()
-            if body.finished:
-                body.check_lent()
-            elif not body.wants_model:
+            if not (body.finished or body.wants_model):
                 self._paused.append(body)
+            self._settle(body)
         except Stop as stop:
             if stop.run is not self:
                 raise
-            self._stopped_early = True
+            self._left_early += 1
         finally:
             self._running = before
 
@@ -231,6 +254,7 @@ class SharedRun(Run):
         forward = self._forward
         forward.awaited = self._waiting.in_step > 0
         forward.stop_before(self._waiting.next_step)
+        self._lending.give_back(self.at)
         at, self.at = self.at, None
         try:
             self.at = reached = forward.resume()
@@ -263,20 +287,6 @@ class SharedRun(Run):
             )
         )
 
-    def close(self) -> None:
-        """End the bodies and the run wherever they are."""
-        try:
-            for body in self.bodies:
-                body.close()
-        finally:
-            super().close()
-
 
 def _number(body: Body) -> int:
     return body.number
-
-
-def shared_tensors(seen: Any, whole: Any) -> Any:
-    """What a body sees as it is in the whole batch's value, and rows that are one row in memory (`expand`)."""
-    own = {id(each) for each in tensors(whole)}
-    return [each for each in tensors(seen) if id(each) in own or (each.dim() and not each.stride(0))]

@@ -14,6 +14,17 @@ from nnsight_eager.nested import tensors
 
 Pair = collections.namedtuple("Pair", "left right")
 SECOND = Rows(1, 3, 4)
+
+
+def known(*factors):
+    """What a run knows: by what the number of rows may be multiplied."""
+    return lambda total: set(factors)
+
+
+def point():
+    return "model.a.output"
+
+
 """Rows 1 and 2 of a batch of four."""
 
 
@@ -43,11 +54,11 @@ def test_a_batch_is_divided_in_the_order_of_the_inputs():
     ],
 )
 def test_rows_are_found_by_the_size_of_dimension_0_and_the_factors_that_are_known(size, factors, rows):
-    assert SECOND.of(torch.zeros(size, 3), factors) == rows
+    assert SECOND.of(torch.zeros(size, 3), known(*factors)) == rows
 
 
 def test_a_number_has_no_rows_whatever_it_says():
-    assert SECOND.of(torch.tensor(4), {1}) is None
+    assert SECOND.of(torch.tensor(4), known(1)) is None
 
 
 @pytest.mark.parametrize(
@@ -57,13 +68,13 @@ def test_a_number_has_no_rows_whatever_it_says():
 )
 def test_what_has_no_rows_and_is_not_shared_is_refused(value):
     with pytest.raises(RowsError) as caught:
-        SECOND.seen(value, set(), "model.a.output")
+        SECOND.seen(value, known(), point)
     assert caught.value.asked == "model.a.output"
 
 
 def test_a_refusal_says_what_was_found_and_how_to_see_all_of_it():
     with pytest.raises(RowsError) as caught:
-        SECOND.seen(torch.zeros(5, 4), {2}, "model.a.output")
+        SECOND.seen(torch.zeros(5, 4), known(2), point)
     assert str(caught.value) == (
         "The rows of this invoke in `model.a.output` cannot be told: it is [5, 4] float32, and the batch has 4 rows.\n"
         "Read it in an invoke that sees all rows: `with tracer.invoke():`, or a function with "
@@ -73,12 +84,12 @@ def test_a_refusal_says_what_was_found_and_how_to_see_all_of_it():
 
 @pytest.mark.parametrize("value", [torch.zeros(1, 9), torch.tensor(2.0), None, 3, (torch.zeros(1), "text"), ()], ids=repr)
 def test_what_is_the_same_for_every_row_is_seen_as_it_is(value):
-    assert SECOND.seen(value, set(), "model.a.output") is value
+    assert SECOND.seen(value, known(), point) is value
 
 
 def test_in_a_structure_what_has_rows_is_narrowed_and_the_rest_shared():
     bias, hidden = torch.zeros(5, 5), numbered(4, 2)
-    seen = SECOND.seen(BaseModelOutput(last_hidden_state=hidden, hidden_states=(bias, hidden)), set(), "model.output")
+    seen = SECOND.seen(BaseModelOutput(last_hidden_state=hidden, hidden_states=(bias, hidden)), known(), lambda: "model.output")
     assert torch.equal(seen.last_hidden_state, hidden[1:3])
     assert seen.hidden_states[0] is bias
     assert torch.equal(seen.hidden_states[1], hidden[1:3])
@@ -86,15 +97,15 @@ def test_in_a_structure_what_has_rows_is_narrowed_and_the_rest_shared():
 
 def test_who_has_every_row_sees_and_writes_whatever_there_is():
     everything, value, new = Rows(0, 4, 4), torch.zeros(7), torch.ones(2)
-    assert everything.seen(value, set(), "model.a.output") is value
-    assert everything.written(value, new, set(), "model.a.output") is new
+    assert everything.seen(value, known(), point) is value
+    assert everything.written(value, new, known(), point) is new
 
 
 @pytest.mark.parametrize(("size", "factors"), [(4, set()), (8, {2}), (24, {2, 6})])
 def test_rows_that_are_written_are_the_rows_that_are_seen_and_no_others(size, factors):
     whole = numbered(size, 3)
-    seen = SECOND.seen(whole, factors, "model.a.output")
-    written = SECOND.written(whole, seen * 0 - 1, factors, "model.a.output")
+    seen = SECOND.seen(whole, known(*factors), point)
+    written = SECOND.written(whole, seen * 0 - 1, known(*factors), point)
     each = size // 4
     assert seen.tolist() == whole.tolist()[each : 3 * each]
     assert written.tolist() == [*whole.tolist()[:each], *[[-1.0] * 3] * (2 * each), *whole.tolist()[3 * each :]]
@@ -113,7 +124,7 @@ def test_rows_that_are_written_are_the_rows_that_are_seen_and_no_others(size, fa
 )  # fmt: skip
 def test_a_write_that_does_not_fit_the_rows_is_refused(whole, part, said):
     with pytest.raises(EditError) as caught:
-        SECOND.written(whole, part, set(), "model.a.output")
+        SECOND.written(whole, part, known(), point)
     happened, instead = str(caught.value).splitlines()
     assert happened == f"`model.a.output` was given {said}."
     assert instead == (
