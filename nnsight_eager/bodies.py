@@ -28,7 +28,7 @@ class Awaited(NamedTuple):
 class Body(Coroutine):
     """One invoke's program, which runs on a stack of its own."""
 
-    __slots__ = ("_lent", "_ready", "_refusal", "awaited", "label", "rows", "value", "waits_for")
+    __slots__ = ("_lent", "_ready", "_refusal", "awaited", "beyond", "label", "rows", "waits_for")
 
     def __init__(self, function: Callable[[], Any], label: str) -> None:
         """It begins with the torch settings in force here, at its first `resume`."""
@@ -36,6 +36,7 @@ class Body(Coroutine):
         self.label = label
         self.rows: Rows | None = None  # `None`: all rows
         self.awaited: Awaited | None = None
+        self.beyond = False  # whether it has asked for a step that did not come
         self.waits_for = ""
         self._ready: Callable[[], bool] = lambda: True
         self._refusal: BaseException | None = None

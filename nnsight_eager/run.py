@@ -23,7 +23,7 @@ from .nested import described
 from .order import Order
 from .paths import innermost_module, modules_above, path_in, spelled
 from .taps import put_up, take_down, tap_at
-from .visits import INPUT, OUTPUT, Forward, Kind, RootVisit, Visit, is_compiled, not_compiled, refuse_in_checkpoint
+from .visits import INPUT, OUTPUT, Forward, Kind, Place, RootVisit, Visit, is_compiled, not_compiled, refuse_in_checkpoint
 
 
 class Call(NamedTuple):
@@ -342,7 +342,7 @@ class Run:
 
     # Errors
 
-    def _missed(self, visit: Visit, kind: Kind, path: str, before: Visit | None, further: bool = False) -> NoReturn:
+    def _missed(self, visit: Visit, kind: Kind, path: str, before: Visit | Place | None, further: bool = False) -> NoReturn:
         """Raise what tells why the point is not reached from `before`."""
         if current_stack() is self._stack:
             raise inside_forward()

@@ -7,7 +7,7 @@ Bodies and model are resumed from the stack that opened the trace, one at a time
 go on has: at one visit the bodies run in the order written, again and again until nobody waits there.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -18,7 +18,7 @@ from .errors import DeadlockError
 from .nested import tensors
 from .paths import spelled
 from .run import Call, Memory, Run, Stop
-from .visits import INPUT, OUTPUT, Kind, Visit
+from .visits import INPUT, OUTPUT, Kind, Place, Visit
 
 
 class Share:
@@ -102,18 +102,20 @@ class SharedRun(Run):
         at = self.at
         if at is None or at.module is not module or further or not (at.kind is kind or kind is INPUT):
             visit = self._expected(module, kind, path, further)
+            before = None if at is None else Place(at.module, at.kind)
             self._await(body, Awaited(visit, kind, further, since=self._pauses), f"`{spelled(path, kind)}`")
             if self.at is not visit:
                 visit.stop_after = visit.stop_before = False
-                self._missed(visit, kind, path, at, further)
+                self._missed(visit, kind, path, before, further)
             at = visit
         return Share(at, body, self, path)
 
     def to_step(self, step: int) -> bool:
         """Pause the body until `step` begins; `False` where the model ends before."""
+        body = self._asking()
         if self._forward.step < step:
-            self._await(self._asking(), Awaited(step=step), f"step {step}")
-            self._beyond = self._forward.finished
+            self._await(body, Awaited(step=step), f"step {step}")
+            body.beyond = self._forward.finished
         return not self._forward.finished
 
     def replace(self, visit: Any, value: Any, path: str) -> None:
@@ -138,6 +140,10 @@ class SharedRun(Run):
         if body is None:
             raise inside_forward()
         return body
+
+    def _missed(self, visit: Visit, kind: Kind, path: str, before: Visit | Place | None, further: bool = False) -> NoReturn:
+        self._beyond = self._asking().beyond  # what this body has gone on to, whatever the others have
+        super()._missed(visit, kind, path, before, further)
 
     def _await(self, body: Body, awaited: Awaited, words: str) -> None:
         body.wait(lambda: self._has_come(awaited), words, awaited)

@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable
 from functools import cache
 from types import FrameType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 
@@ -23,6 +23,13 @@ from .torch_state import grad_enabled, top_saved_tensor_hooks
 Kind = Literal["input", "output"]
 INPUT: Final = "input"
 OUTPUT: Final = "output"
+
+
+class Place(NamedTuple):
+    """Where the model was paused, kept while it goes on: the visit itself goes on with it."""
+
+    module: torch.nn.Module
+    kind: Kind
 
 
 class Forward(Coroutine):
