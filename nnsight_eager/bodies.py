@@ -5,8 +5,11 @@ body.resume()                                   # until it waits, or ends
 body.ready()                                    # whether what it waits for is there
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import torch
 
 from .batching import Rows
 from .coroutine import Coroutine, current_stack, inside_forward
@@ -40,7 +43,7 @@ class Body(Coroutine):
         self.waits_for = ""
         self._ready: Callable[[], bool] = lambda: True
         self._refusal: BaseException | None = None
-        self._lent: list[tuple[Any, int, str]] = []
+        self._lent: dict[int, tuple[weakref.ref[torch.Tensor], int, str]] = {}
 
     @property
     def running(self) -> bool:
@@ -63,6 +66,8 @@ class Body(Coroutine):
             self.pause(None)
         finally:
             self._ready, self.waits_for, self.awaited = lambda: True, "", None
+            if self._lent:
+                self._note_versions()
         refusal, self._refusal = self._refusal, None
         if refusal is not None:
             try:
@@ -76,17 +81,25 @@ class Body(Coroutine):
 
     def lend(self, value: Any, point: str) -> None:
         """Note what was given to read only: tensors that all invokes share."""
-        self._lent += [(each, each._version, point) for each in tensors(value) if not each.is_inference()]
+        for each in tensors(value):
+            if not each.is_inference():
+                self._lent[id(each)] = weakref.ref(each), each._version, point
 
     def check_lent(self) -> None:
         """Raise where the body has changed in place what it shares with the other invokes."""
-        lent, self._lent = self._lent, []
-        for tensor, version, point in lent:
-            if tensor._version != version:
+        for reference, version, point in self._lent.values():
+            tensor = reference()
+            if tensor is not None and tensor._version != version:
+                self._note_versions()
                 raise EditError(
                     f"`{point}` was changed in place in {self.label}, and all invokes share it.",
                     "Change a copy (`.clone()`), or change it in an invoke that sees all rows: `with tracer.invoke():`.",
                 )
+
+    def _note_versions(self) -> None:
+        """What has changed until now is not this body's doing; what nobody holds any more is forgotten."""
+        living = [(tensor, point) for reference, _, point in self._lent.values() if (tensor := reference()) is not None]
+        self._lent = {id(tensor): (weakref.ref(tensor), tensor._version, point) for tensor, point in living}
 
 
 class Barrier:

@@ -260,6 +260,6 @@ class SharedRun(Run):
 
 
 def shared_tensors(seen: Any, whole: Any) -> Any:
-    """What a body sees as it is in the whole batch's value, and rows that are one row in memory (`expand`)."""
-    own = {id(each) for each in tensors(whole)}
-    return [each for each in tensors(seen) if id(each) in own or (each.dim() and not each.stride(0))]
+    """The tensors of the whole batch's value that a body sees as they are, or whose rows are one row in memory (`expand`)."""
+    as_they_are = {id(each) for each in tensors(seen)}
+    return [each for each in tensors(whole) if id(each) in as_they_are or (each.dim() and not each.stride(0))]

@@ -326,6 +326,34 @@ def test_a_shared_value_that_was_changed_in_place_is_refused_before_the_body_goe
         in_two(reshaped, changed_and_on)
 
 
+def test_a_shared_value_is_refused_a_change_in_place_however_late(reshaped):
+    def late():
+        shared = reshaped.at["shared"].output
+        reshaped.at["one_in_memory"].output
+        shared.mul_(3)
+
+    with pytest.raises(EditError) as caught:
+        in_two(reshaped, late)
+    assert str(caught.value).startswith("`model.at.shared.output` was changed in place in invoke 2 ")
+
+
+def test_who_reads_what_is_shared_is_not_blamed_for_the_change_of_another(reshaped):
+    def read():
+        shared = reshaped.at["shared"].output
+        reshaped.at["scalar"].output
+        return shared
+
+    def in_place():
+        reshaped.at["shared"].output.mul_(3)
+
+    with reshaped.trace() as tracer:
+        shared = tracer.invoke(NESTED[0], read)
+        tracer.invoke(NESTED[1], nothing)
+        tracer.invoke(in_place)
+    assert shared.result.tolist() == [[3.0] * 3]
+    assert torch.equal(tracer.result, torch.cat(NESTED) * 3)
+
+
 def test_rows_that_are_one_in_memory_are_replaced_and_not_changed_in_place(reshaped):
     """`expand` makes rows that share their memory: torch lets a single one be written to, and with it all."""
 
