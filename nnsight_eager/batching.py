@@ -18,6 +18,9 @@ import torch
 from .errors import BatchError, EditError, RowsError
 from .nested import Where, described, first_tensor, items, narrow, splice, tensors, with_items
 
+Factors = Collection[int] | None
+"""By what the number of rows may be multiplied; `None` where no size tells rows."""
+
 
 class Given(NamedTuple):
     """What one invoke was given: the arguments of its call."""
@@ -38,22 +41,22 @@ class Rows(NamedTuple):
     stop: int
     total: int
 
-    def of(self, tensor: torch.Tensor, factors: Collection[int]) -> slice | None:
+    def of(self, tensor: torch.Tensor, factors: Factors) -> slice | None:
         """Where this invoke's rows are in `tensor`; `None` where they cannot be told, or it is shared."""
-        if is_shared(tensor):
+        if factors is None or is_shared(tensor):
             return None
         factor, rest = divmod(tensor.shape[0], self.total)
         if rest or not (factor == 1 or factor in factors):
             return None
         return slice(self.start * factor, self.stop * factor)
 
-    def seen(self, value: Any, factors: Collection[int], point: str) -> Any:
+    def seen(self, value: Any, factors: Factors, point: str) -> Any:
         """This invoke's rows of `value`: views, so that a change in place is a change of the whole."""
         if self.stop - self.start == self.total:
             return value
         where = self._where(factors)
         seen = narrow(value, where)
-        if seen is value and not all(is_shared(each) for each in tensors(value)):
+        if seen is value and (factors is None or not all(is_shared(each) for each in tensors(value))):
             raise RowsError(
                 f"The rows of this invoke in `{point}` cannot be told: it is {described(value)}, and the batch has "
                 f"{self.total} rows.",
@@ -63,7 +66,7 @@ class Rows(NamedTuple):
             )
         return seen
 
-    def written(self, whole: Any, part: Any, factors: Collection[int], point: str) -> Any:
+    def written(self, whole: Any, part: Any, factors: Factors, point: str) -> Any:
         """`whole` with this invoke's rows replaced by `part`."""
         if self.stop - self.start == self.total:
             return part
@@ -75,13 +78,18 @@ class Rows(NamedTuple):
                 "An invoke replaces its own rows, with a value of their shape; `with tracer.invoke():` sees and replaces all.",
             ) from None
 
-    def _where(self, factors: Collection[int]) -> Where:
+    def _where(self, factors: Factors) -> Where:
         return lambda tensor: self.of(tensor, factors)
 
 
 def is_shared(tensor: torch.Tensor) -> bool:
     """Whether a tensor is the same for every row: a scalar, or one row for all."""
     return tensor.dim() == 0 or tensor.shape[0] == 1
+
+
+def is_routed(path: str) -> bool:
+    """Whether a module is inside a mixture's `experts`: the tokens it gets may be as many as the rows, and are not the rows."""
+    return "experts" in path.split(".")[:-1]
 
 
 def divided(sizes: Sequence[int]) -> list[Rows]:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .batching import factors_in
+from .batching import Factors, factors_in, is_routed
 from .bodies import Awaited, Body
 from .coroutine import inside_forward
 from .errors import DeadlockError
@@ -62,7 +62,7 @@ class Share:
         if rows is None or self.has_all_rows:
             return whole
         point = spelled(self._path, kind)
-        seen = rows.seen(whole, self._run.factors(rows.total), point)
+        seen = rows.seen(whole, self._factors(rows.total), point)
         self._body.lend(shared_tensors(seen, whole), point)
         return seen
 
@@ -71,7 +71,10 @@ class Share:
         rows = self._body.rows
         if rows is None:
             return part
-        return rows.written(whole, part, self._run.factors(rows.total), spelled(self._path, kind))
+        return rows.written(whole, part, self._factors(rows.total), spelled(self._path, kind))
+
+    def _factors(self, total: int) -> Factors:
+        return None if is_routed(self._path) else self._run.factors(total)
 
     @property
     def has_all_rows(self) -> bool:

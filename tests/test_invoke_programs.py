@@ -49,7 +49,7 @@ LAYER = {
 }
 AFTER = {
     "gpt2": ["transformer.ln_f.hidden", "lm_head.input", "lm_head.hidden"],
-    "gpt_neox": ["gpt_neox.final_layer_norm.hidden", "lm_head.input", "lm_head.hidden"],
+    "gpt_neox": ["gpt_neox.final_layer_norm.input", "gpt_neox.final_layer_norm.hidden"],
 }
 
 
