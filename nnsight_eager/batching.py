@@ -22,8 +22,8 @@ from .nested import Where, described, first_tensor, items, narrow, splice, tenso
 PLAIN: Final = (type(None), bool, int, float, complex, str, bytes, tuple, list, dict, torch.dtype, torch.device)
 """Values without tensors that are the same for every row."""
 
-Factors = Callable[[int], Collection[int]]
-"""Gives, for the number of rows, by what it may be multiplied in the run."""
+Factors = Callable[[int], Collection[int]] | None
+"""Gives, for the number of rows, by what it may be multiplied in the run; `None` where no size tells rows."""
 
 
 class Given(NamedTuple):
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
 
     def of(self, tensor: torch.Tensor, factors: Factors) -> slice | None:
         """Where this invoke's rows are in `tensor`; `None` where they cannot be told, or it is shared."""
-        if is_shared(tensor):
+        if factors is None or is_shared(tensor):
             return None
         factor, rest = divmod(tensor.shape[0], self.total)
         if rest or not (factor == 1 or factor in factors(self.total)):
@@ -69,7 +69,9 @@ class Rows(NamedTuple):
     def require(self, value: Any, factors: Factors, point: Callable[[], str]) -> None:
         """Raise where nothing in `value` has rows, and it is not shared by all either."""
         inside = list(tensors(value))
-        shared = all(map(is_shared, inside)) if inside else isinstance(value, PLAIN) or bool(items(value))
+        shared = (
+            factors is not None and all(map(is_shared, inside)) if inside else isinstance(value, PLAIN) or bool(items(value))
+        )
         if not shared and all(self.of(each, factors) is None for each in inside):
             raise RowsError(
                 f"The rows of this invoke in `{point()}` cannot be told: it is {described(value)}, and the batch has "
@@ -98,6 +100,11 @@ class Rows(NamedTuple):
 def is_shared(tensor: torch.Tensor) -> bool:
     """Whether a tensor is the same for every row: a scalar, or one row for all."""
     return tensor.dim() == 0 or tensor.shape[0] == 1
+
+
+def is_routed(path: str) -> bool:
+    """Whether a module is inside a mixture's `experts`: the tokens it gets may be as many as the rows, and are not the rows."""
+    return "experts" in path.split(".")[:-1]
 
 
 def divided(sizes: Sequence[int]) -> list[Rows]:

@@ -38,13 +38,14 @@ class Awaited(NamedTuple):
 class Body(Coroutine):
     """One invoke's program, which runs on a stack of its own until it has to wait."""
 
-    __slots__ = ("_refusal", "label", "number", "ready", "rows", "waits_for")
+    __slots__ = ("_refusal", "beyond", "label", "number", "ready", "rows", "waits_for")
 
     def __init__(self, function: Callable[[], Any], label: str) -> None:
         """It begins with the torch settings in force here, at its first `resume`."""
         super().__init__(function)
         self.label = label
         self.number = 0
+        self.beyond = False  # whether it has asked for a step that did not come
         self.rows: Rows | None = None  # `None`: all rows
         self.ready: Callable[[], bool] | None = _at_once  # `None`: whoever runs the model tells
         self.waits_for: Awaited | str = ""

@@ -32,17 +32,18 @@ class View(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A body's copy of a tensor that all invokes share."""
+    """A body's copy of a tensor that all invokes share, or of rows that are one row in memory."""
 
     whole: torch.Tensor
     copy: torch.Tensor
+    rows: slice | None
     point: str
 
     @property
     def changed(self) -> bool:
         """Whether the body has changed it in place."""
         if self.copy.is_inference():  # torch counts no versions there
-            return not torch.equal(self.copy, self.whole)
+            return not torch.equal(self.copy, self.whole if self.rows is None else self.whole[self.rows])
         return self.copy._version > 0
 
 
@@ -69,12 +70,13 @@ class Account:
         self.copies: dict[int, Copy] = {}
 
     def part(self, tensor: torch.Tensor, rows: slice | None, point: Callable[[], str]) -> torch.Tensor:
-        """A view of the rows of `tensor`; a copy of it where it has none."""
+        """A view of the rows of `tensor`; a copy where it has none, or its rows share their memory (`expand`)."""
         key = id(tensor)
         with as_where_made(tensor):
-            if rows is None:
+            if rows is None or not tensor.stride(0):
                 if key not in self.copies:
-                    self.copies[key] = Copy(tensor, tensor.clone(), point())
+                    own = tensor if rows is None else tensor[rows]
+                    self.copies[key] = Copy(tensor, own.clone(), rows, point())
                 return self.copies[key].copy
             if key not in self.views:
                 self.views[key] = View(tensor, rows, tensor[rows])
@@ -82,7 +84,7 @@ class Account:
 
     def without_copies(self, value: Any) -> Any:
         """`value` with the shared tensors themselves in the place of the copies of them."""
-        shared = {id(each.copy): each.whole for each in self.copies.values()}
+        shared = {id(each.copy): each.whole for each in self.copies.values() if each.rows is None}
         return mapped(value, lambda tensor: shared.get(id(tensor), tensor)) if shared else value
 
 
@@ -105,7 +107,7 @@ class Lending:
             loan = account.loans[id(whole)] = Loan(whole, part, is_held(visit, whole))
         return loan.part
 
-    def settle(self, body: Body, visit: Visit | None, written: Callable[[Any, Any], Any]) -> None:
+    def settle(self, body: Body, visit: Visit, written: Callable[[Any, Any], Any]) -> None:
         """Put into the whole what the body has exchanged in the containers it was given; `written` does so with its rows."""
         account = self._accounts.get(body.number)
         if account is None:
@@ -117,7 +119,7 @@ class Lending:
                     "Change a copy (`.clone()`), or change it in an invoke that sees all rows: `with tracer.invoke():`.",
                 )
         for loan in account.loans.values():
-            if visit is not None and loan.complete and not isinstance(loan.part, torch.Tensor):
+            if loan.complete and not isinstance(loan.part, torch.Tensor):
                 now = state(loan.part)
                 if now != loan.state:
                     loan.state = now

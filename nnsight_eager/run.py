@@ -22,7 +22,7 @@ from .errors import RunEndedError
 from .missed import Miss
 from .nested import described
 from .paths import innermost_module, path_in, spelled
-from .visits import INPUT, OUTPUT, Forward, Kind, Visit, Watcher, refuse_in_checkpoint
+from .visits import INPUT, OUTPUT, Forward, Kind, Place, Visit, Watcher, refuse_in_checkpoint
 
 
 class Call(NamedTuple):
@@ -276,7 +276,7 @@ class Run:
 
     # Errors
 
-    def _missed(self, visit: Visit, kind: Kind, path: str, before: Visit | None, further: bool = False) -> NoReturn:
+    def _missed(self, visit: Visit, kind: Kind, path: str, before: Visit | Place | None, further: bool = False) -> NoReturn:
         """Raise what tells why the point is not reached from `before`."""
         if current_stack() is self._stack:
             raise inside_forward()

@@ -8,11 +8,11 @@ go on has: at one visit the bodies run in the order written, again and again unt
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from .batching import factors_in
+from .batching import factors_in, is_routed
 from .bodies import Awaited, Body
 from .coroutine import current_stack, inside_forward
 from .ears import Memory
@@ -20,7 +20,7 @@ from .errors import DeadlockError, RunEndedError
 from .lending import Lending, held
 from .paths import path_in, spelled
 from .run import Call, Run, Stop
-from .visits import INPUT, OUTPUT, Kind, Visit
+from .visits import INPUT, OUTPUT, Kind, Place, Visit
 from .waiting import Waiting
 
 
@@ -61,7 +61,7 @@ class Share:
 
     def part(self, whole: Any, kind: str) -> Any:
         """The body's rows of `whole`, a value of this visit."""
-        return self._run.lend(self.visit, self._body, whole, lambda: spelled(self._path, kind))
+        return self._run.lend(self.visit, self._body, whole, self._path, kind)
 
     @property
     def has_all_rows(self) -> bool:
@@ -99,6 +99,7 @@ class SharedRun(Run):
         at = self.at
         if at is None or at.module is not module or further or not (at.kind is kind or kind is INPUT):
             visit = self._expected(module, kind, path, further)
+            before = None if at is None else Place(at.module, at.kind)
             if kind is OUTPUT:
                 visit.stop_after = True
             else:
@@ -107,15 +108,17 @@ class SharedRun(Run):
             if self.at is not visit:
                 if visit not in self._waiting:
                     visit.stop_after = visit.stop_before = False
-                self._missed(visit, kind, path, at, further)
+                self._missed(visit, kind, path, before, further)
             at = visit
         return Share(at, body, self, path)
 
     def to_step(self, step: int) -> bool:
         """Pause the body until `step` begins; `False` where the model ends before."""
-        if self._forward.step < step and not self.finished:
-            self._wait(self._asking(), Awaited(step=step))
-        self._beyond = self.finished
+        body = self._asking()
+        if self._forward.step < step:
+            if not self.finished:
+                self._wait(body, Awaited(step=step))
+            body.beyond = self.finished
         return not self.finished
 
     def _wait(self, body: Body, awaited: Awaited) -> None:
@@ -129,25 +132,33 @@ class SharedRun(Run):
         if not visit.has_all_rows:
             self._settle(body)
             self._lending.put_together(at)
-            value = self._written(body, held(at), self._lending.replaces(body, value), spelled(path, at.kind))
+            value = self._written(body, held(at), self._lending.replaces(body, value), path)
         super().replace(at, value, path)
 
-    def lend(self, visit: Visit, body: Body, whole: Any, point: Callable[[], str]) -> Any:
+    def lend(self, visit: Visit, body: Body, whole: Any, path: str, kind: str) -> Any:
         """The body's rows of a value of the visit."""
         rows = body.rows
-        return whole if rows is None or rows.all else self._lending.lend(visit, body, rows, whole, self.factors, point)
+        if rows is None or rows.all:
+            return whole
+        factors = None if is_routed(path) else self.factors
+        return self._lending.lend(visit, body, rows, whole, factors, lambda: spelled(path, kind))
+
+    def _missed(self, visit: Visit, kind: Kind, path: str, before: Visit | Place | None, further: bool = False) -> NoReturn:
+        self._beyond = self._asking().beyond  # what this body has gone on to, whatever the others have
+        super()._missed(visit, kind, path, before, further)
 
     def _settle(self, body: Body) -> None:
         """Make the model's what the body has exchanged in the containers it was given."""
         at = self.at
-        self._lending.settle(body, at, lambda whole, part: self._written(body, whole, part, self._point(at)))
+        if at is not None:
+            self._lending.settle(body, at, lambda whole, part: self._written(body, whole, part, path_in(self.root, at.module)))
 
-    def _written(self, body: Body, whole: Any, part: Any, point: str) -> Any:
-        rows = body.rows
-        return part if rows is None else rows.written(whole, part, self.factors, lambda: point)
-
-    def _point(self, at: Visit | None) -> str:
-        return spelled(path_in(self.root, at.module), at.kind) if at is not None else ""
+    def _written(self, body: Body, whole: Any, part: Any, path: str) -> Any:
+        """`whole` with the body's rows replaced by `part`."""
+        rows, at = body.rows, self.at
+        assert at is not None
+        factors = None if is_routed(path) else self.factors
+        return part if rows is None else rows.written(whole, part, factors, lambda: spelled(path, at.kind))
 
     def skip(self, visit: Any, value: Any, path: str) -> None:
         """Go on with `value` as the module's output; the module still runs where it has other bodies' rows to compute."""
@@ -162,7 +173,8 @@ class SharedRun(Run):
         rows = body.rows if body is not None else None
         if rows is None:
             return super().view(path)
-        return lambda whole, kind: rows.seen(whole, self.factors, lambda: spelled(path, kind))
+        factors = None if is_routed(path) else self.factors
+        return lambda whole, kind: rows.seen(whole, factors, lambda: spelled(path, kind))
 
     def running(self) -> Body | None:
         """The body that calls this, if one does."""

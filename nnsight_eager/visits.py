@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable
 from functools import cache
 from types import FrameType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 
@@ -24,6 +24,13 @@ Kind = Literal["input", "output"]
 Watcher = Callable[["Visit"], None]
 INPUT: Final = "input"
 OUTPUT: Final = "output"
+
+
+class Place(NamedTuple):
+    """Where the model was paused, kept while it goes on: the visit itself goes on with it."""
+
+    module: torch.nn.Module
+    kind: Kind
 
 
 class Forward(Coroutine):

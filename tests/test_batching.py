@@ -8,7 +8,7 @@ from small_models import X4, Stack
 from transformers.modeling_outputs import BaseModelOutput
 
 from nnsight_eager import NNsight
-from nnsight_eager.batching import Given, Rows, divided, factors_in, joined
+from nnsight_eager.batching import Given, Rows, divided, factors_in, is_routed, joined
 from nnsight_eager.errors import BatchError, EditError, RowsError
 from nnsight_eager.nested import tensors
 
@@ -130,6 +130,28 @@ def test_a_write_that_does_not_fit_the_rows_is_refused(whole, part, said):
     assert instead == (
         "An invoke replaces its own rows, with a value of their shape; `with tracer.invoke():` sees and replaces all."
     )
+
+
+@pytest.mark.parametrize("value", [torch.zeros(4, 2), torch.zeros(1, 2), (torch.zeros(4, 2), torch.zeros(1))], ids=str)
+def test_where_no_size_tells_rows_even_one_that_fits_is_refused(value):
+    with pytest.raises(RowsError):
+        SECOND.seen(value, None, point)
+    with pytest.raises(EditError):
+        SECOND.written(torch.zeros(4, 2), torch.ones(2, 2), None, point)
+
+
+@pytest.mark.parametrize(
+    ("path", "routed"),
+    [
+        ("model.layers.0.mlp.experts.0", True),
+        ("model.layers.0.mlp.experts.act_fn", True),
+        ("model.layers.0.mlp.experts", False),
+        ("model.layers.0.mlp.shared_expert.up_proj", False),
+        ("", False),
+    ],
+)
+def test_what_is_inside_experts_gets_the_tokens_routed_to_it(path, routed):
+    assert is_routed(path) is routed
 
 
 # Factors

@@ -8,7 +8,8 @@ import torch
 import transformers
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from nnsight_eager import LanguageModel
+from nnsight_eager import LanguageModel, NNsight
+from nnsight_eager.errors import PointError
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -48,7 +49,7 @@ LAYER = {
 }
 AFTER = {
     "gpt2": ["transformer.ln_f.hidden", "lm_head.input", "lm_head.hidden"],
-    "gpt_neox": ["gpt_neox.final_layer_norm.hidden", "lm_head.input", "lm_head.hidden"],
+    "gpt_neox": ["gpt_neox.final_layer_norm.input", "gpt_neox.final_layer_norm.hidden"],
 }
 
 
@@ -225,3 +226,102 @@ def test_programs_give_what_plain_hooks_give_on_each_prompt_alone(tokenizer, kin
                 for value, alone in zip(values, hand.met[invoke, event][number], strict=True):
                     assert close(value[number : number + 1, -len(row) :], alone)
     assert not any("forward" in each.__dict__ or each._forward_hooks for each in module.modules())
+
+
+# Over the steps of a generation
+
+
+class Steps(torch.nn.Module):
+    """Three layers, called again on what they have made; some steps leave one out."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(3)).double()
+
+    def forward(self, x, number):
+        for place, layer in enumerate(self.layers):
+            if (number + place) % 3:
+                x = x + layer(x).sin()
+        return x
+
+    def generate(self, x, steps):
+        for number in range(steps):
+            x = self(x, number)
+        return x
+
+
+step_programs = st.lists(
+    st.tuples(
+        st.one_of(st.none(), st.lists(st.integers(0, 4), unique=True).map(sorted)),  # `None`: no loop
+        st.lists(st.tuples(st.sampled_from([0, 1, 2]), st.sampled_from(["input", "output"]), st.booleans()), max_size=4),
+        st.sampled_from(["end", "end", "stop", "result"]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def over_steps(model, tracer, program):
+    """A body: asks in the chosen steps, edits of some, and everything it has met, up to an error's first line."""
+    selection, asks, end = program
+    met = []
+
+    def one_step():
+        for place, kind, edited in asks:
+            value = getattr(model.layers[place], kind)
+            met.append(value.clone())
+            if edited:
+                setattr(model.layers[place], kind, value * 0.5 + 1)
+
+    def steps():
+        if selection is None:
+            one_step()
+        else:
+            for step in tracer.iter[selection]:
+                met.append(step)
+                one_step()
+
+    def body():
+        try:
+            steps()
+        except PointError as error:  # where it is told depends on what the others listen to: at once, or as the step ends
+            met.append(str(error).splitlines()[0])
+        if end == "stop":
+            tracer.stop()
+        if end == "result":
+            met.append("result" if tracer.result is not None else None)
+
+    return body, met
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and close(one, other)
+    return one == other
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(step_programs, st.integers(0, 4))
+@example([(None, [(1, "input", False), (0, "input", False)], "end"), (None, [(1, "output", False)], "end")], 1)
+def test_bodies_at_different_steps_meet_what_each_meets_alone(programs, steps):
+    model = NNsight(Steps())
+    inputs = [torch.full((1 + number % 2, 3), float(number), dtype=torch.float64) for number in range(len(programs))]
+    _ = model.trace(inputs[0], max(steps, 3), fn=model._module.generate).result  # alone and together know the same order
+    alone = []
+    for x, program in zip(inputs, programs, strict=True):
+        with model.trace(x, steps, fn=model._module.generate) as tracer:
+            body, met = over_steps(model, tracer, program)
+            body()
+        alone.append((met, None if program[2] == "stop" else tracer.result))
+    with model.trace(fn=model._module.generate, steps=steps) as tracer:
+        together = []
+        for x, program in zip(inputs, programs, strict=True):
+            body, met = over_steps(model, tracer, program)
+            tracer.invoke(x, body)
+            together.append(met)
+    for met, (wanted, _) in zip(together, alone, strict=True):
+        assert len(met) == len(wanted)
+        assert all(map(same, met, wanted))
+    if all(program[2] != "stop" for program in programs):
+        assert close(tracer.result, torch.cat([result for _, result in alone]))

@@ -326,6 +326,35 @@ def test_a_shared_value_that_was_changed_in_place_is_refused_before_the_body_goe
         in_two(reshaped, changed_and_on)
 
 
+def test_a_shared_value_changed_in_place_later_is_the_bodys_own_copy(reshaped):
+    def late():
+        shared = reshaped.at["shared"].output
+        reshaped.at["one_in_memory"].output
+        shared.mul_(3)
+        return shared
+
+    seen, result = in_two(reshaped, late)
+    assert seen.tolist() == [[3.0] * 3]
+    assert torch.equal(result, in_two(reshaped, nothing)[1])
+
+
+def test_who_reads_what_is_shared_is_not_blamed_for_the_change_of_another(reshaped):
+    def read():
+        shared = reshaped.at["shared"].output
+        reshaped.at["scalar"].output
+        return shared
+
+    def in_place():
+        reshaped.at["shared"].output.mul_(3)
+
+    with reshaped.trace() as tracer:
+        shared = tracer.invoke(NESTED[0], read)
+        tracer.invoke(NESTED[1], nothing)
+        tracer.invoke(in_place)
+    assert shared.result.tolist() == [[1.0] * 3]  # as it was when it was read
+    assert torch.equal(tracer.result, torch.cat(NESTED) * 3)
+
+
 def test_rows_that_are_one_in_memory_are_replaced_and_not_changed_in_place(reshaped):
     """`expand` makes rows that share their memory: torch lets a single one be written to, and with it all."""
 
@@ -514,17 +543,17 @@ def test_stop_ends_its_own_body_and_the_others_run_to_their_ends(model):
     assert reached == ["stop"]
     assert first.result is None
     assert close(second.result, outputs(model, B, "h.2")[0])
-    with pytest.raises(RunEndedError):
-        tracer.result
+    assert close(tracer.result, model._module(torch.cat((A, B))))
 
 
-def test_nothing_is_computed_behind_the_last_point_that_is_wanted_when_a_body_has_stopped(model):
+def test_nothing_is_computed_behind_the_last_point_that_is_wanted_when_every_body_has_stopped(model):
     def run():
         with model.trace() as tracer:
             tracer.invoke(A, lambda: (model.h[0].output, tracer.stop()))
-            tracer.invoke(B, lambda: model.h[1].output)
+            tracer.invoke(B, lambda: (model.h[1].output, tracer.stop()))
+        with pytest.raises(RunEndedError):
+            tracer.result
 
-    run()
     ran = hooked(model._module, run, "h.0", "h.1", "h.2")
     assert [len(each) for each in ran] == [1, 1, 0]
 
