@@ -304,6 +304,7 @@ def same(one, other):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(step_programs, st.integers(0, 4))
 @example([(None, [(1, "input", False), (0, "input", False)], "end"), (None, [(1, "output", False)], "end")], 1)
+@example([([1], [], "end"), (None, [(0, "input", False)], "end")], 0)  # one has gone beyond the last step, the other has not
 def test_bodies_at_different_steps_meet_what_each_meets_alone(programs, steps):
     model = NNsight(Steps())
     inputs = [torch.full((1 + number % 2, 3), float(number), dtype=torch.float64) for number in range(len(programs))]

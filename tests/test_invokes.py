@@ -391,6 +391,32 @@ def test_who_sees_all_rows_may_change_what_they_share(reshaped):
     assert torch.equal(tracer.result, torch.cat(NESTED) * 2)
 
 
+class Mixture(torch.nn.Module):
+    """Gives each of two experts as many rows as there are, in an order of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x):
+        return sum(expert(x.flip(0)) for expert in self.experts).flip(0)
+
+
+def test_the_rows_that_are_routed_to_an_expert_are_not_taken_for_an_invokes_own():
+    model = NNsight(Mixture())
+
+    def refused():
+        with pytest.raises(RowsError):
+            model.experts[1].input
+        with pytest.raises(EditError):
+            model.experts[1].output = torch.zeros(1, 4)
+
+    with model.trace() as tracer:
+        tracer.invoke(A, refused)
+        tracer.invoke(B, nothing)
+    assert close(tracer.result, model._module(torch.cat((A, B))))
+
+
 class Methods(torch.nn.Module):
     """Has a submodule called as a method of the tree is."""
 

@@ -102,6 +102,11 @@ def test_what_a_decoder_is_given_is_padded_to_its_own_length_on_the_right():
     assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 0, 0]]
 
 
+def test_what_does_not_go_with_each_token_is_padded_on_the_right():
+    given = ids(short={"choices": torch.tensor([[1, 2, 3]])}, long={"choices": torch.tensor([[4], [5]])})
+    assert together(given, "left", 0)[0]["choices"].tolist() == [[1, 2, 3], [4, 0, 0], [5, 0, 0]]
+
+
 def test_a_label_for_each_row_is_not_padded():
     batch, _ = together(ids(short={"labels": torch.tensor([1])}, long={"labels": torch.tensor([2, 3])}), "right", 0)
     assert batch["labels"].tolist() == [1, 2, 3]
