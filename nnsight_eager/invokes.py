@@ -73,8 +73,8 @@ class Invokes:
         """Bind in the frames around what the blocks have bound, in the order written."""
         self.open = False
         named = [invoke.names for invoke in self.written if invoke.names is not None]
-        for names in named:
-            names.export()
+        for number, names in enumerate(named, 1):
+            names.export(named[number:])
         for names in named:
             names.release()
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from types import CellType, FrameType, FunctionType
 from typing import Any, Final
 
-from .blocks import Block, local_names, refused
-from .rewriting import DELETED
+from .blocks import Block, refused
+from .rewriting import CAUGHT, DELETED
 
 # What `import`, `class` and warnings read directly from the globals of the code they are in.
 OF_THE_MODULE: Final = ("__name__", "__package__", "__spec__", "__file__", "__loader__", "__annotations__")
@@ -37,15 +37,19 @@ class Names(dict[str, Any]):
     def __init__(self, block: Block, frame: FrameType, wait: Callable[[Callable[[], bool], str], None], label: str) -> None:
         """Take what the body may look up from the frame as it is now; `wait` pauses the body until something holds."""
         super().__init__(vars(builtins))
-        local, module = frame.f_locals, frame.f_globals
         self._block, self._wait = block, wait
         self._frame: FrameType | None = frame
-        self._module = module
-        self._local = local_names(frame.f_code)
-        self._place = id(module if local is module else frame)
-        needed = (*block.loads, *block.code.co_varnames[: block.code.co_argcount], *block.code.co_freevars)
-        self._around = {name: local[name] for name in needed if name in local}
-        self.bound: dict[str, Any] = {name: module[name] for name in OF_THE_MODULE if name in module}
+        self._module, self._beyond = frame.f_globals, frame.f_builtins
+        inside = isinstance(self._beyond, Names)  # the frame itself runs a block, whose names are its globals
+        self._local = None if inside else block.local
+        local = {**frame.f_locals, **self._module} if inside else frame.f_locals
+        at_module = inside or local is self._module
+        self._place = id(self._module if at_module else frame)
+        self._needed = {*block.loads, *block.code.co_varnames[: block.code.co_argcount], *block.code.co_freevars}
+        # In a function all its variables: a debugger or an `eval` in the body may ask for any.
+        names = self._needed.intersection(local) if at_module else local
+        self._around = {name: local[name] for name in names}
+        self.bound: dict[str, Any] = {name: self._module[name] for name in OF_THE_MODULE if name in self._module}
         self.bound["__builtins__"] = self
         self.earlier: Sequence[Names] = ()
         self.ended = False
@@ -66,6 +70,8 @@ class Names(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         """What a name means that this body has not bound; `KeyError` makes Python raise a `NameError` at the line."""
+        if self._has_deleted(name):
+            raise KeyError(name)
         place = self._place_of(name)
         for body in reversed(self.earlier):
             if name in body._block.stores and body._place_of(name) == place and body._binds(name, self._wait):
@@ -74,40 +80,53 @@ class Names(dict[str, Any]):
             return self._around[name]
         if self._local is not None and place == self._place:
             raise KeyError(name)  # a variable of the function that has no value yet
-        return self._module[name] if name in self._module else super().__getitem__(name)
+        return self._module[name] if name in self._module else self._beyond[name]
 
-    def export(self) -> None:
-        """Bind in the frame what the body has bound, and delete what it has deleted."""
+    def export(self, later: Sequence["Names"] = ()) -> None:
+        """Bind in the frame what the body has bound, and delete what it has deleted, unless a later body has the last word."""
         frame, stores = self._frame, self._block.stores
         assert frame is not None
         local = frame.f_locals
         for name in stores:
             target: Any = self._module if self._place_of(name) == id(self._module) else local
+            if any(body._place_of(name) == self._place_of(name) and body._settles(name) for body in later):
+                continue
             if name in self.bound:
                 target[name] = self.bound[name]
-            elif name + DELETED in self.bound and name in target:
+            elif self._has_deleted(name) and name in target and (CAN_DELETE or target is not local or self._local is None):
                 del target[name]
         if self._local is not None:  # 3.13 writes through, and this does nothing
             ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(CAN_DELETE))
 
     def release(self) -> None:
         """Refer to the frame and to other bodies no longer; functions that the body made look names up where they belong."""
-        self._frame, self.earlier = None, ()
+        self._frame, self.earlier, self._wait = None, (), _never
         if self._place == id(self._module):
             self._around = {}
             for name in self._block.stores:
                 self.bound.pop(name, None)
+        self._around = {name: self._around[name] for name in self._needed.intersection(self._around)}
+
+    def _settles(self, name: str) -> bool:
+        return name in self.bound or self._has_deleted(name)
 
     def _binds(self, name: str, wait: Callable[[Callable[[], bool], str], None]) -> bool:
         """Wait until this body has bound the name, or has ended; whether it has."""
         if not (self.ended or name in self.bound):
             wait(lambda: self.ended or name in self.bound, f"`{name}`, which {self._label} binds")
-        if name not in self.bound and name + DELETED in self.bound:
+        if self._has_deleted(name):
             raise KeyError(name)
         return name in self.bound
+
+    def _has_deleted(self, name: str) -> bool:
+        return name not in self.bound and (name + DELETED in self.bound or name + CAUGHT in self.bound)
 
     def _place_of(self, name: str) -> int:
         """Where the variable of this name lives: two bodies mean the same one when it lives in the same place."""
         if name in self._block.globals or (self._local is not None and name not in self._local):
             return id(self._module)
         return self._place
+
+
+def _never(ready: Callable[[], bool], waits_for: str) -> None:
+    """No earlier body is left to wait for."""
