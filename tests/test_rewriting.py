@@ -195,6 +195,11 @@ result = f()
     assert (bound["x"], bound["result"]) == (1, (4, 3))
 
 
+def test_nonlocal_in_a_method_of_a_class_of_the_statements_means_their_name():
+    bound = run("x = 1\nclass C:\n    x = 3\n    def m(self):\n        nonlocal x\n        x = 4\nC().m()\ny = C.x")
+    assert (bound["x"], bound["y"]) == (4, 3)
+
+
 def test_what_is_deleted_is_marked():
     assert run("a = 1\ndel a") == {f"a{DELETED}": True}
 
@@ -217,9 +222,10 @@ def test_assertions_can_be_left_out():
 
 
 def test_the_statements_that_are_given_are_not_changed():
-    body = statements("a: int = 1\ndel a\ntry: pass\nexcept E as e: pass\ndef f():\n    nonlocal a")
+    body = statements("a: int = 1\ndel a\nif a:\n    assert a\ntry: pass\nexcept E as e: pass\ndef f():\n    nonlocal a")
     before = [ast.dump(node, include_attributes=True) for node in body]
     as_function(body, module_code(), "script.py", None)
+    without_asserts(body)
     assert [ast.dump(node, include_attributes=True) for node in body] == before
 
 

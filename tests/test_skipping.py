@@ -140,14 +140,14 @@ def test_the_frame_is_traced_as_before():
     assert settings() == plain
     try:
         sys.settrace(own)
-        frame.f_trace, frame.f_trace_opcodes, frame.f_trace_lines = own, True, True
+        frame.f_trace, frame.f_trace_opcodes, frame.f_trace_lines = own, True, False
         traced = settings()
         with LeftOut():
             pass
         assert settings() == traced
     finally:
         sys.settrace(None)
-        frame.f_trace, frame.f_trace_opcodes = None, False
+        frame.f_trace, frame.f_trace_opcodes, frame.f_trace_lines = None, False, True
 
 
 def test_a_tracer_sees_the_lines_around_the_block_and_those_of_the_functions_called_later():
