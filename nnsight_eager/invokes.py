@@ -66,7 +66,7 @@ class Invokes:
                 )
         named = [invoke.names for invoke in self.written if invoke.names is not None]
         for number, names in enumerate(named):
-            names.earlier = named[:number]
+            names.begin(named[:number])
         return [invoke.body for invoke in self.written if invoke.body is not None]
 
     def export(self) -> None:

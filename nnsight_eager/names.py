@@ -1,7 +1,7 @@
 """What the names of one body mean: its own, an earlier body's that it waits for, those of the code around it.
 
     names = Names(block, frame, body.wait, "invoke 1")
-    names.earlier = [names_of_the_first_body]
+    names.begin([names_of_the_first_body])
     names.run()               # run the block
     names.export()            # what it bound is there in the frame
 
@@ -57,6 +57,15 @@ class Names(dict[str, Any]):
         gone = block.deletes.intersection(local) if self._local is not None and not CAN_DELETE else ()
         if gone:
             raise refused(f"it deletes `{min(gone)}`, and from 3.12 on Python cannot delete a function's variable from outside")
+
+    def begin(self, earlier: Sequence["Names"]) -> None:
+        """Look names up in the earlier bodies too, from when the block around all of them has ended."""
+        self.earlier = earlier
+        if self._place == id(self._module):
+            # What the module has not rebound since is looked up there: functions that a body calls may rebind it.
+            fixed = {*self._block.code.co_varnames, *self._block.code.co_freevars}
+            around, module = self._around, self._module
+            self._around = {n: v for n, v in around.items() if n in fixed or module.get(n, around) is not v}
 
     def run(self) -> None:
         """Run the body."""

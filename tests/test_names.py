@@ -212,6 +212,22 @@ with Together() as t:
     assert names["seen"] == [(0, 0, [0]), (1, 1, [1]), (2, 2, [2])]
 
 
+def test_what_a_function_called_in_a_block_does_to_the_module_is_seen():
+    names = execute("""
+calls = 0
+seen = []
+def count():
+    global calls
+    calls += 1
+with Together() as t:
+    for turn in range(3):
+        with t.invoke():
+            count()
+            seen.append((turn, calls))
+""")
+    assert (names["seen"], names["calls"]) == ([(0, 1), (1, 2), (2, 3)], 3)
+
+
 def test_a_loop_adds_up_over_its_turns():
     total, seen = 0, []
     with Together() as t:

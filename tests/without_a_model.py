@@ -35,7 +35,7 @@ class Together:
         names = [block.names for block in self.blocks]
         try:
             for number, each in enumerate(names):
-                each.earlier = names[:number]
+                each.begin(names[:number])
             self.run()
         finally:
             for number, each in enumerate(names, 1):
