@@ -18,15 +18,26 @@ from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple
 
 from .errors import InvokeError
-from .rewriting import DELETED, Scope, as_function, declared_global, leaving, names_of
+from .rewriting import (
+    CAUGHT,
+    DELETED,
+    Bindings,
+    Scope,
+    as_function,
+    bindings_of,
+    declared_global,
+    leaving,
+    names_of,
+    only_in_comprehensions,
+    without_asserts,
+)
 
 Span = tuple[int | None, int | None, int | None, int | None]
 
 ENTERED: Final = "(entered)"
 """The name under which a target block finds what the item has entered: no identifier looks like this."""
 
-# What the compiler may find in a rewritten body and not in the original: `True` marks a deleted name.
-ADDED: Final[frozenset[Any]] = frozenset({(bool, "True"), (type(None), "None")})
+OPERATORS: Final = frozenset({"BINARY_OP", "COMPARE_OP", "CONTAINS_OP", "IS_OP"})
 
 Place = tuple[str, int]
 _known: weakref.WeakKeyDictionary[CodeType, dict[Place, "Statement"]] = weakref.WeakKeyDictionary()
@@ -41,6 +52,9 @@ class Block(NamedTuple):
     stores: frozenset[str]  # what they bind or delete
     deletes: frozenset[str]
     globals: frozenset[str]  # what they declare `global`
+    local: frozenset[str] | None  # the variables of the function they are in; `None` in a module, a cell or a class
+    bindings: Bindings
+    inner: frozenset[str]  # what functions made by them may look up
 
 
 class Statement(NamedTuple):
@@ -58,9 +72,16 @@ def find(frame: FrameType) -> Statement:
     if place not in known:
         known[place] = _found(code, *place, _source(frame))
     found = known[place]
-    mixed = found.body.globals.intersection(local_names(code) or ())
+    body = found.body
+    mixed = body.globals.intersection(body.local or ())
     if mixed:
         raise refused(f"it uses `{min(mixed)}` both as a global name and as a local one")
+    if body.local is None and body.code.co_freevars:
+        raise refused("it uses `super()` or `__class__` for a class that is not made yet")
+    if body.local is None and body.loads.intersection(code.co_freevars):
+        raise refused(
+            f"it uses `{min(body.loads.intersection(code.co_freevars))}`, a variable of the function around its class"
+        )
     return found
 
 
@@ -73,11 +94,14 @@ def refused(reason: str) -> InvokeError:
     )
 
 
-def local_names(code: CodeType) -> frozenset[str] | None:
-    """The variables of a function; `None` for a module, a cell or a class, whose names are in a dictionary."""
+def _local_names(code: CodeType, above: tuple[Scope, ...]) -> frozenset[str] | None:
+    """The variables of the function that is around a block, which is the last of the scopes above it."""
     if not code.co_flags & inspect.CO_OPTIMIZED:
         return None
-    return frozenset((*code.co_varnames, *code.co_cellvars, *code.co_freevars))
+    names = {*code.co_varnames, *code.co_cellvars}
+    if above and not isinstance(above[-1], (ast.ClassDef, ast.Lambda)):
+        names -= only_in_comprehensions(above[-1])
+    return frozenset(names.union(code.co_freevars))
 
 
 def _source(frame: FrameType) -> str:
@@ -156,24 +180,42 @@ def _compiled(code: CodeType, filename: str, node: ast.With, number: int, above:
         value = ast.copy_location(ast.Name(ENTERED, ast.Load()), item.optional_vars)
         stores = [ast.copy_location(ast.Assign(targets=[item.optional_vars], value=value), item.optional_vars)]
     try:
-        target, rest = (_block(statements, code, filename, owner) for statements in (stores, body))
+        target, rest = (_block(statements, code, filename, owner, _local_names(code, above)) for statements in (stores, body))
     except SyntaxError as error:
         raise refused(f"as a function of its own it does not compile ({error.msg})") from None
     if not _facts(rest.code) <= _facts(code):
-        raise _stale(filename)
+        # Test runners rewrite assertions; the rest of the block must still be what runs.
+        plain = _block(without_asserts(body), code, filename, owner, None)
+        if not _facts(plain.code) <= _facts(code):
+            raise _stale(filename)
     return Statement(target if stores else None, rest)
 
 
-def _block(body: list[ast.stmt], code: CodeType, filename: str, owner: str | None) -> Block:
+def _block(body: list[ast.stmt], code: CodeType, filename: str, owner: str | None, local: frozenset[str] | None) -> Block:
     """Statements of `code`, compiled to run on their own."""
     compiled = as_function(body or [ast.Pass(lineno=1, col_offset=0, end_lineno=1, end_col_offset=0)], code, filename, owner)
-    return Block(compiled, *names_of(compiled), declared_global(body))
+    inner = frozenset[str]().union(*(names_of(each)[0] for each in compiled.co_consts if isinstance(each, CodeType)))
+    return Block(compiled, *names_of(compiled), declared_global(body), local, bindings_of(compiled), inner)
 
 
 def _facts(code: CodeType) -> set[Any]:
-    """Every name and constant in compiled code: a text that has changed since does not have the same."""
+    """Every name, constant and operator in compiled code: a text that has changed since does not have the same."""
     names = (*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars)
-    facts: set[Any] = {name for name in names if not name.endswith(DELETED)}
-    for constant in code.co_consts:
-        facts |= _facts(constant) if isinstance(constant, CodeType) else {(type(constant), repr(constant))}
-    return facts - ADDED
+    facts: set[Any] = {name for name in names if not name.endswith((CAUGHT, DELETED))}
+    instructions = [*dis.get_instructions(code)]
+    for each, following in zip(instructions, [*instructions[1:], None], strict=True):
+        if each.opname in OPERATORS:
+            facts.add((each.positions, each.argval))
+        elif each.opcode in dis.hasconst and not (following is not None and following.argval == "__qualname__"):
+            facts |= _constants(each.argval, each.positions)
+    return facts
+
+
+def _constants(value: Any, place: Any) -> set[Any]:
+    """The facts in a constant; a set read from a `.pyc` has another order than a compiled one."""
+    if isinstance(value, CodeType):
+        return _facts(value)
+    if isinstance(value, (tuple, frozenset)):
+        return set[Any]().union(*(_constants(each, place) for each in value))
+    # The compiler adds `None`, and `True` marks a deleted name.
+    return set() if value is True or value is None else {(place, type(value), repr(value))}

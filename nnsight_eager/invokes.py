@@ -22,7 +22,7 @@ from .batching import Given
 from .blocks import ENTERED, Block, Statement, find
 from .bodies import Body
 from .errors import InvokeError, OutsideTraceError
-from .names import Names, in_order
+from .names import Names, begin, end
 from .paths import spelled
 from .skipping import Skipping
 
@@ -65,17 +65,19 @@ class Invokes:
                     f"{invoke.label[0].upper()}{invoke.label[1:]} has no block.",
                     "Write `with tracer.invoke(...):`, or pass a function: `tracer.invoke(prompt, function)`.",
                 )
-        in_order([invoke.names for invoke in self.written if invoke.names is not None])
+        begin(self._named())
         return [invoke.body for invoke in self.written if invoke.body is not None]
 
     def export(self) -> None:
         """Bind in the frames around what the blocks have bound, in the order written."""
         self.open = False
-        named = [invoke.names for invoke in self.written if invoke.names is not None]
-        for names in named:
-            names.export()
-        for names in named:
-            names.release()
+        end(self._named())
+        for invoke in self.made:
+            invoke.names = None
+        self.made, self.written = [], []  # nothing refers to itself any more, so that tensors are freed at once
+
+    def _named(self) -> list[Names]:
+        return [invoke.names for invoke in self.written if invoke.names is not None]
 
 
 class Invoke:
@@ -95,7 +97,11 @@ class Invoke:
     def __enter__(self) -> "Invoke":
         self._check_unwritten()
         frame = sys._getframe(1)
-        statement = find(frame)
+        try:
+            statement = find(frame)
+        except InvokeError as error:
+            self._invokes.made.remove(self)  # its input may be given to another form
+            raise error.with_traceback(None) from None
         self._entering = frame, statement, Skipping(frame)
         return self
 
@@ -104,23 +110,24 @@ class Invoke:
         assert entering is not None
         frame, (target, block), skipping = entering
         if not skipping.end(error):
+            if error is not None:
+                return False
             raise InvokeError(
-                "The block of this `tracer.invoke(...)` ran where it stands, outside the forward pass."
-            ) from error
+                "The block of this `tracer.invoke(...)` ran where it stands, outside the forward pass.",
+                "Something else traces this code; write the block as a function.",
+            )
         if target is not None:
             self._store(target, frame)
-        self.body = body = Body(self._run_names, self.label)
-        self.names = Names(block, frame, body.wait_until, self.label)
+        self.body = body = Body(self._run_block, self.label)
+        self.names = names = Names(block, frame, body.wait_until, self.label)
+        names.frame = lambda: body.frame
         self._invokes.written.append(self)
         return True
 
     def __call__(self, function: Callable[[], Any]) -> "Invoke":
         """Have `function`, called without arguments, be the block."""
         self._check_unwritten()
-        if not callable(function) or inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-            raise InvokeError(
-                f"`tracer.invoke(...)` was given {function!r} to run.", "Give it a plain function that takes no arguments."
-            )
+        _check_plain(function)
         self.body = Body(function, self.label)
         self._invokes.written.append(self)
         return self
@@ -134,7 +141,7 @@ class Invoke:
             )
         return self.body.result
 
-    def _run_names(self) -> None:
+    def _run_block(self) -> None:
         assert self.names is not None
         self.names.run()
 
@@ -143,8 +150,7 @@ class Invoke:
         names = Names(target, frame, _never, self.label)
         names.bound[ENTERED] = self
         names.run()
-        names.export()
-        names.release()
+        end([names])
 
     def _check_unwritten(self) -> None:
         if not self._invokes.open:
@@ -178,9 +184,27 @@ class InvokeInPlace:
 
     def __call__(self, function: Callable[[], Any]) -> "InvokeInPlace":
         """Run `function` now."""
+        _check_plain(function)
         with self:
             self.result = function()
         return self
+
+
+def _check_plain(function: Any) -> None:
+    """Refuse what cannot be called without arguments, or would not run when it is."""
+    waits = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    fits = callable(function) and not any(each(function) for each in waits)
+    if fits:
+        try:
+            inspect.signature(function).bind()
+        except TypeError:
+            fits = False
+        except ValueError:
+            pass  # it has no signature to look at
+    if not fits:
+        raise InvokeError(
+            f"`tracer.invoke(...)` was given {function!r} to run.", "Give it a plain function that takes no arguments."
+        )
 
 
 def outside_invokes(what: str = "This") -> OutsideTraceError:

@@ -18,16 +18,18 @@ import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 FunctionScope = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 Scope = FunctionScope | ast.ClassDef
+Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 
 FUTURES: Final = functools.reduce(
     operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
 DELETED: Final = " (deleted)"
-"""What a name that the statements have deleted is marked with: no identifier ends like this."""
+CAUGHT: Final = " (caught)"
+"""What a name that `del`, or the end of an `except` block, has deleted is marked with: no identifier ends like this."""
 
 LEAVES: Final = {
     ast.Return: "return",
@@ -49,6 +51,7 @@ def leaving(nodes: Iterable[ast.AST], in_loop: bool = False) -> Iterator[str]:
         elif isinstance(node, (ast.Break, ast.Continue)) and not in_loop:
             yield type(node).__name__.lower()
         if isinstance(node, (ast.For, ast.AsyncFor, ast.While)):
+            yield from leaving([node.test] if isinstance(node, ast.While) else [node.target, node.iter])
             yield from leaving(node.body, True)
             yield from leaving(node.orelse, in_loop)
         elif isinstance(node, Scope):
@@ -60,6 +63,25 @@ def leaving(nodes: Iterable[ast.AST], in_loop: bool = False) -> Iterator[str]:
 def declared_global(nodes: Iterable[ast.AST]) -> frozenset[str]:
     """The names that are declared `global` anywhere in these statements."""
     return frozenset(name for node in nodes for each in ast.walk(node) if isinstance(each, ast.Global) for name in each.names)
+
+
+def only_in_comprehensions(scope: ast.FunctionDef | ast.AsyncFunctionDef) -> frozenset[str]:
+    """The names that are variables of comprehensions in a function and not its own: from 3.12 on its code lists them too."""
+    inside = {
+        name.id
+        for node in _in_this_scope(scope.body)
+        if isinstance(node, Comprehension)
+        for each in ast.walk(node)
+        if isinstance(each, ast.comprehension)
+        for name in ast.walk(each.target)
+        if isinstance(name, ast.Name)
+    }
+    return frozenset(inside - _bound(scope.body) - _arguments(scope))
+
+
+def without_asserts(body: Sequence[ast.stmt]) -> list[ast.stmt]:
+    """The statements with nothing in the place of every `assert`."""
+    return [_NoAsserts().visit(copy.deepcopy(node)) for node in body]
 
 
 def as_function(body: Sequence[ast.stmt], around: CodeType, filename: str, owner: str | None) -> CodeType:
@@ -74,13 +96,41 @@ def names_of(code: CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[
     """What compiled code may look up by name, what it binds or deletes globally, and what it deletes."""
     loads, stores, deletes = set[str](code.co_names), set[str](), set[str]()
     for each in dis.get_instructions(code):
-        if each.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            (deletes if str(each.argval).endswith(DELETED) else stores).add(str(each.argval).removesuffix(DELETED))
+        if each.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") and not each.argval.endswith(CAUGHT):
+            (deletes if each.argval.endswith(DELETED) else stores).add(each.argval.removesuffix(DELETED))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             for names, more in zip((loads, stores, deletes), names_of(constant), strict=True):
                 names |= more
     return frozenset(loads), frozenset(stores), frozenset(deletes)
+
+
+class Bindings(NamedTuple):
+    """Where compiled code binds its names: to tell, while it runs, whether a name may be bound once more."""
+
+    places: dict[str, tuple[int, ...]]  # the instructions that bind each name
+    nested: frozenset[str]  # what a function made by the code may bind, at any time
+    loops: tuple[tuple[int, int], ...]  # the first and the last instruction of each
+
+    def ahead(self, name: str, here: int) -> bool:
+        """Whether code that has come to the instruction `here` may still bind the name."""
+        around = [loop for loop in self.loops if loop[0] <= here <= loop[1]]
+        return name in self.nested or any(
+            place > here or any(first <= place <= last for first, last in around) for place in self.places.get(name, ())
+        )
+
+
+def bindings_of(code: CodeType) -> Bindings:
+    """Where `code` binds its global names."""
+    places: dict[str, tuple[int, ...]] = {}
+    loops = []
+    for each in dis.get_instructions(code):
+        if each.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            places[each.argval] = (*places.get(each.argval, ()), each.offset)
+        elif each.opcode in dis.hasjrel and each.argval <= each.offset:
+            loops.append((each.argval, each.offset))
+    nested = frozenset[str]().union(*(names_of(each)[1] for each in code.co_consts if isinstance(each, CodeType)))
+    return Bindings(places, nested, tuple(loops))
 
 
 def _compiled(
@@ -161,19 +211,38 @@ class _AllGlobal(ast.NodeTransformer):
         names = [each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Del)]
         if self._inside or not names:
             return node
-        marks = [name + DELETED for name in names]
-        self.found.update(marks)
         fetch = [ast.Assign(targets=[ast.Name(name, ast.Store())], value=ast.Name(name, ast.Load())) for name in names]
-        mark = [ast.Assign(targets=[ast.Name(name, ast.Store())], value=ast.Constant(True)) for name in marks]
-        return [ast.fix_missing_locations(ast.copy_location(each, node)) for each in (*fetch, node, *mark)]
+        mark = [self._mark(name + DELETED) for name in names]
+        return [ast.copy_location(each, node) for each in (*fetch, node, *mark)]
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> ast.AST:
+        """`except E as x:` deletes `x` at its end: the mark, made before, counts when `x` is gone."""
+        self.generic_visit(node)
+        if node.name is not None and not self._inside:
+            node.body.insert(0, ast.copy_location(self._mark(node.name + CAUGHT), node.body[0]))
+        return node
+
+    def _mark(self, name: str) -> ast.stmt:
+        self.found.add(name)
+        return ast.Assign(targets=[ast.Name(name, ast.Store())], value=ast.Constant(True))
 
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef, body: Iterable[ast.AST]) -> ast.AST:
-        arguments = node.args
-        every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg)
-        self._inside.append(_bound(body) | {each.arg for each in every if each is not None})
+        self._inside.append(_bound(body) | _arguments(node))
         self.generic_visit(node)
         self._inside.pop()
         return node
+
+
+class _NoAsserts(ast.NodeTransformer):
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        return ast.copy_location(ast.Pass(), node)
+
+
+def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    """The names of a function's parameters."""
+    arguments = node.args
+    every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg)
+    return {each.arg for each in every if each is not None}
 
 
 def _bound(nodes: Iterable[ast.AST]) -> set[str]:
@@ -202,7 +271,7 @@ def _in_this_scope(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
         yield node
         if isinstance(node, Scope):
             yield from _in_this_scope((*getattr(node, "decorator_list", ()), *_evaluated_outside(node)))
-        elif isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+        elif isinstance(node, Comprehension):
             # Of a comprehension's own names only a walrus binds outside it.
             yield from (each.target for each in ast.walk(node) if isinstance(each, ast.NamedExpr))
         else:

@@ -10,7 +10,7 @@ that is sure to lie in the block and in no `try` of the body's own: a `NOP`, to 
 """
 
 import sys
-from types import FrameType
+from types import FrameType, FunctionType, MethodType
 from typing import Any
 
 
@@ -29,21 +29,40 @@ class Skipping:
         self._raised = SkippedBody()
         self._before = sys.gettrace(), frame.f_trace, frame.f_trace_opcodes, frame.f_trace_lines
         frame.f_trace_opcodes, frame.f_trace_lines, frame.f_trace = True, False, self._look
-        sys.settrace(_nothing)
+        if not self._asks_frames():
+            sys.settrace(_nothing)
 
     def end(self, error: BaseException | None) -> bool:
         """Put back whatever traced the frame before; whether `error` is what left the body out."""
         sys.settrace(None)
         tracing, own, opcodes, lines = self._before
         self._frame.f_trace, self._frame.f_trace_opcodes, self._frame.f_trace_lines = own, opcodes, lines
-        sys.settrace(tracing)
+        if tracing is None or self._asks_frames():
+            sys.settrace(tracing)
+        else:
+            # Coverage's counts calls and returns: it has missed the call of `__exit__` and must miss its return.
+            self._frame.f_trace, self._frame.f_trace_opcodes = self._go_on, True
+            sys.settrace(_nothing)
         self._raised.__traceback__ = None
         return error is self._raised
+
+    def _asks_frames(self) -> bool:
+        """Whether a trace function is in force that has each frame's own one called; one written in C need not."""
+        return isinstance(self._before[0], (FunctionType, MethodType))
+
+    def _go_on(self, frame: FrameType, event: str, value: Any) -> Any:
+        """Put back what traced the frame when it goes on itself."""
+        tracing, own, opcodes, _ = self._before
+        frame.f_trace_opcodes = opcodes
+        sys.settrace(tracing)
+        follower: Any = own or tracing
+        return follower if event == "opcode" and not opcodes else follower(frame, event, value)
 
     def _look(self, _: FrameType, event: str, __: Any) -> Any:
         if event == "opcode":
             raise self._raised
-        return self._look
+        self.end(None)  # entering has failed, and no `__exit__` will come
+        return self._frame.f_trace
 
 
 def _nothing(*_: Any) -> None:
