@@ -39,9 +39,8 @@ ENTERED: Final = "(entered)"
 
 OPERATORS: Final = frozenset({"BINARY_OP", "COMPARE_OP", "CONTAINS_OP", "IS_OP"})
 
-Place = tuple[str, int]
-_known: weakref.WeakKeyDictionary[CodeType, dict[Place, "Statement"]] = weakref.WeakKeyDictionary()
-"""What has been found in code that still exists: by filename and instruction."""
+_known: dict[int, tuple[weakref.ref[CodeType], dict[int, "Statement"]]] = {}
+"""What has been found in code that still exists: by its identity, since the code of two notebook cells may be equal."""
 
 
 class Block(NamedTuple):
@@ -67,11 +66,10 @@ class Statement(NamedTuple):
 def find(frame: FrameType) -> Statement:
     """The `with` item that `frame` is entering; `InvokeError` where it cannot be had, or its body cannot run later."""
     code = frame.f_code
-    known = _known.setdefault(code, {})
-    place = code.co_filename, frame.f_lasti  # equal code in two notebook cells differs by its filename
-    if place not in known:
-        known[place] = _found(code, *place, _source(frame))
-    found = known[place]
+    known = _found_in(code)
+    found = known.get(frame.f_lasti)
+    if found is None:
+        found = known[frame.f_lasti] = _found(code, code.co_filename, frame.f_lasti, _source(frame))
     body = found.body
     mixed = body.globals.intersection(body.local or ())
     if mixed:
@@ -83,6 +81,15 @@ def find(frame: FrameType) -> Statement:
             f"it uses `{min(body.loads.intersection(code.co_freevars))}`, a variable of the function around its class"
         )
     return found
+
+
+def _found_in(code: CodeType) -> dict[int, Statement]:
+    """What has been found in this code, by instruction."""
+    key = id(code)
+    entry = _known.get(key)
+    if entry is None or entry[0]() is not code:
+        entry = _known[key] = weakref.ref(code, lambda _: _known.pop(key, None)), {}
+    return entry[1]
 
 
 def refused(reason: str) -> InvokeError:

@@ -105,6 +105,19 @@ def gpt2(folder):
     return LanguageModel(folder("gpt2"))
 
 
+@pytest.fixture(scope="module")
+def shell():
+    """IPython, in this process."""
+    from IPython.core import async_helpers
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    yield InteractiveShell(config=Config(HistoryManager={"enabled": False}))
+    if async_helpers._asyncio_event_loop is not None:
+        async_helpers._asyncio_event_loop.close()
+        async_helpers._asyncio_event_loop = None
+
+
 @pytest.fixture
 def one_torch_thread():
     """Torch's own threads wait for each other in a busy loop, which takes minutes on a machine that is not idle."""

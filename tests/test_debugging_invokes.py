@@ -353,14 +353,6 @@ right = torch.equal(hidden.result, model[0](x)) and torch.equal(doubled.result, 
 """
 
 
-@pytest.fixture(scope="module")
-def shell():
-    from IPython.core.interactiveshell import InteractiveShell
-    from traitlets.config import Config
-
-    return InteractiveShell(config=Config(HistoryManager={"enabled": False}))
-
-
 def test_a_notebook_cell_may_hold_blocks_and_be_run_again(shell, model):
     shell.push({"model": model, "x": X, "torch": torch})
     for factor in (1, 5):

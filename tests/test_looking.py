@@ -24,14 +24,6 @@ def watched():
     return NNsight(module), events
 
 
-@pytest.fixture(scope="module")
-def shell():
-    from IPython.core.interactiveshell import InteractiveShell
-    from traitlets.config import Config
-
-    return InteractiveShell(config=Config(HistoryManager={"enabled": False}))
-
-
 def completions(shell, text):
     """What the Tab key offers behind `text`."""
     from IPython.core.completer import provisionalcompleter

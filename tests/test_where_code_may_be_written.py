@@ -36,14 +36,6 @@ def importable(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-@pytest.fixture(scope="module")
-def shell():
-    from IPython.core.interactiveshell import InteractiveShell
-    from traitlets.config import Config
-
-    return InteractiveShell(config=Config(HistoryManager={"enabled": False}))
-
-
 # Without a file
 
 
