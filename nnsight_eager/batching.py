@@ -9,7 +9,7 @@ return, the sequence length where tokens are flattened to `[batch * seq, ...]`. 
 rows: alone it is refused, inside a structure it is shared, and a structure in which nothing has rows is refused.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
@@ -119,6 +119,17 @@ def factors_in(arguments: Any, total: int) -> set[int]:
     repeats = {each.shape[0] // total for each in batched}
     lengths = {each.shape[1] for each in batched if each.dim() < 4}
     return repeats | {repeat * length for repeat in repeats for length in lengths}
+
+
+def with_shared(given: Given, shared: Mapping[str, Any]) -> Given:
+    """The call of a batch with the keywords that were given to the trace itself."""
+    twice = given.kwargs.keys() & shared.keys()
+    if twice:
+        raise BatchError(
+            f"`{min(twice)}` is given to the trace and to an invoke.",
+            "Give it to each invoke, or to the trace for all of them.",
+        )
+    return Given(given.args, {**given.kwargs, **shared})
 
 
 def joined(given: Sequence[Given]) -> tuple[Given, list[int]]:

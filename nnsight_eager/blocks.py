@@ -88,7 +88,7 @@ def _found_in(code: CodeType) -> dict[int, Statement]:
     key = id(code)
     entry = _known.get(key)
     if entry is None or entry[0]() is not code:
-        entry = _known[key] = weakref.ref(code, lambda _: _known.pop(key, None)), {}
+        entry = _known[key] = weakref.ref(code, lambda _, known=_known: known.pop(key, None)), {}  # type: ignore[misc]
     return entry[1]
 
 

@@ -95,7 +95,7 @@ class Barrier:
     """A place where several invokes wait for each other: `barrier = tracer.barrier(2)`, then `barrier()` in two of them."""
 
     def __init__(self, parties: int, running: Callable[[], Body | None]) -> None:
-        """`running` gives the body that is running, or nothing where invokes run one by one."""
+        """`running` gives the body that calls; `None` where invokes run one after another, and need not wait."""
         if parties < 1:
             raise RunError(f"`tracer.barrier({parties})` waits for nobody.", "Give the number of invokes that call it.")
         self.parties = parties
@@ -108,13 +108,16 @@ class Barrier:
         body = self._running()
         if body is None:
             return
-        self._waiting.append(body)
-        if len(self._waiting) >= self.parties:
-            self._waiting, self._met = [], self._met + 1
-            return
         meeting = self._met
-        missing = f"`tracer.barrier({self.parties})`, at which {self.parties} invokes have to meet"
-        body.wait_until(lambda: self._met > meeting, missing)
+        self._waiting.append(body)
+        try:
+            if len(self._waiting) >= self.parties:
+                self._waiting, self._met = [], meeting + 1
+            words = f"`tracer.barrier({self.parties})`, at which {self.parties} invokes have to meet"
+            body.wait_until(lambda: self._met > meeting, words)
+        finally:
+            if body in self._waiting:  # it was refused, or closed
+                self._waiting.remove(body)
 
     def __repr__(self) -> str:
         return f"tracer.barrier({self.parties}): {len(self._waiting)} waiting"

@@ -30,10 +30,10 @@ from .skipping import Skipping
 class OneByOne(Protocol):
     """A trace that gives each invoke a forward pass of its own."""
 
-    def in_place(self, given: Given | None) -> Any:
+    def begin_alone(self, given: Given | None) -> Any:
         """Begin one invoke's forward pass."""
 
-    def end_in_place(self, error: BaseException | None) -> bool:
+    def end_alone(self, error: BaseException | None) -> bool:
         """End it; whether `error` has thereby done what it was raised for."""
 
 
@@ -155,7 +155,8 @@ class Invoke:
     def _check_unwritten(self) -> None:
         if not self._invokes.open:
             raise InvokeError(
-                "This trace has ended, or is running its invokes.", "Write each invoke directly in its trace's block."
+                "An invoke was opened inside another, or behind the end of its trace.",
+                "Write each invoke directly in its trace's block.",
             )
         if self.body is not None or self._entering is not None:
             raise InvokeError(
@@ -176,11 +177,11 @@ class InvokeInPlace:
         self.result: Any = None
 
     def __enter__(self) -> "InvokeInPlace":
-        self._trace.in_place(self._given)
+        self._trace.begin_alone(self._given)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        return self._trace.end_in_place(error)
+        return self._trace.end_alone(error)
 
     def __call__(self, function: Callable[[], Any]) -> "InvokeInPlace":
         """Run `function` now."""

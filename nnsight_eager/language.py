@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .batching import Given
+from .batching import Given, with_shared
 from .errors import InputError
 from .inputs import Inputs
 from .loading import Source, source, tokenizer_for
@@ -150,7 +150,7 @@ class LanguageModel(NNsight):
 
         def together(given: Sequence[Given]) -> tuple[Call, list[int]]:
             batch, sizes = self.batch(given)
-            return self._called(name, {**batch.kwargs, **keywords}), sizes
+            return self._called(name, with_shared(batch, keywords).kwargs), sizes
 
         return Trace(self._tree, name, None, Division(together, batched))
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from .batching import Given, joined
+from .batching import Given, joined, with_shared
 from .cache import Cache
 from .errors import InputError
 from .run import Call
@@ -75,7 +75,8 @@ class NNsight(Envoy):
 
         def together(inputs: Sequence[Given]) -> tuple[Call, list[int]]:
             given, sizes = self.batch(inputs)
-            return call._replace(args=given.args, kwargs={**call.kwargs, **given.kwargs}), sizes
+            args, kwargs = with_shared(given, call.kwargs)
+            return call._replace(args=args, kwargs=kwargs), sizes
 
         return Division(together, batched)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from .batching import Given, divided
-from .bodies import Barrier
+from .bodies import Barrier, Body
 from .cache import Cache, Keep, Positions
 from .compat import add_save_to_builtins
 from .coroutine import without_our_frames
@@ -128,6 +128,10 @@ class Trace:
         so does one with `rows=None`. With `model.trace(batched=False)` each block runs in place, with a forward pass of its
         own. Raises `InvokeError` where a block cannot run elsewhere (it has a `return`, or no source).
         """
+        if rows not in (..., None):
+            raise InvokeError(
+                f"`rows={rows!r}` is not known.", "`rows=None` lets the invoke see all rows; leave it away otherwise."
+            )
         self._divide()
         function = inputs[-1] if inputs and callable(inputs[-1]) and not isinstance(inputs[-1], torch.nn.Module) else None
         inputs = inputs if function is None else inputs[:-1]
@@ -176,7 +180,17 @@ class Trace:
 
     def barrier(self, parties: int) -> Barrier:
         """A place where `parties` invokes wait for each other: call it in each of them; it can be used again and again."""
-        return Barrier(parties, lambda: self._run.running() if isinstance(self._run, SharedRun) else None)
+        return Barrier(parties, self._running_body)
+
+    def _running_body(self) -> Body | None:
+        """The body that calls this; nothing where invokes run one after another."""
+        run = self._opened()
+        if not isinstance(run, SharedRun):
+            return None
+        body = run.running()
+        if body is None:
+            raise outside_invokes()
+        return body
 
     def _divide(self) -> None:
         """Be a trace of invokes from now on, which a trace that has begun to run on its own cannot be."""
@@ -223,9 +237,12 @@ class Trace:
         finally:
             invokes.export()
 
-    def in_place(self, given: Given | None) -> Run:
+    def begin_alone(self, given: Given | None) -> Run:
         """Begin a forward pass of its own for one invoke, whose block runs where it stands."""
         assert self._division is not None
+        assert self._invokes is not None
+        if not self._invokes.open:
+            raise InvokeError("This trace has ended.", "Write each invoke directly in its trace's block.")
         if given is None:
             raise InvokeError(
                 "`tracer.invoke()` without input sees the rows of all invokes, and with `batched=False` each runs alone.",
@@ -238,11 +255,11 @@ class Trace:
         self._begin(run)
         return run
 
-    def end_in_place(self, error: BaseException | None) -> bool:
+    def end_alone(self, error: BaseException | None) -> bool:
         """End the forward pass of one invoke."""
         done = self._end(error)
-        if error is None and self._results is not None:
-            self._results.append(self._opened().result)
+        if self._results is not None and (error is None or done):
+            self._results.append(self._opened().result if error is None else None)  # a stopped pass has no result
         return done
 
     @property
@@ -304,7 +321,7 @@ class Trace:
         run = self._run
         if run is None:
             count = 0 if self._invokes is None else len(self._invokes.written)
-            state = f"{count} invokes" if count else "not begun"
+            state = f"{count} invoke{'s' * (count > 1)}" if count else "not begun"
         elif run.at is not None:
             state = f"paused at {spelled(path_in(run.root, run.at.module), run.at.kind)}, step {run.step}"
         elif not run.open:
