@@ -107,7 +107,7 @@ def test_a_result_is_there_when_the_trace_has_ended_and_not_before(model):
     with pytest.raises(InvokeError) as caught, model.trace() as tracer:
         invoke = tracer.invoke(A, nothing)
         assert repr(invoke) == "<invoke 1 ([1, 4] float32): runs when the trace ends>"
-        assert repr(tracer) == "<forward of Stack: 1 invokes>"
+        assert repr(tracer) == "<forward of Stack: 1 invoke>"
         invoke.result
     assert str(caught.value) == (
         "The function of invoke 1 ([1, 4] float32) has not run to its end.\nRead `.result` when the trace has ended."
@@ -759,7 +759,7 @@ def test_an_invoke_behind_its_trace_is_refused(model):
         tracer.invoke(A, nothing)
     with pytest.raises(InvokeError) as caught:
         tracer.invoke(B, nothing)
-    assert str(caught.value).splitlines()[0] == "This trace has ended, or is running its invokes."
+    assert str(caught.value).splitlines()[0] == "An invoke was opened inside another, or behind the end of its trace."
 
 
 def a_generator():
