@@ -6,7 +6,7 @@ body.ready()                                    # whether what it waits for is t
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from .batching import Rows
 from .coroutine import Coroutine, current_stack, inside_forward
@@ -35,6 +35,21 @@ class Awaited(NamedTuple):
         return "the end of the model" if self.step is None else f"step {self.step}"
 
 
+class Asker(Protocol):
+    """Who asks for points: a body, or the code of a trace beside bodies."""
+
+    label: str
+    number: int
+    """Its place in the order at one visit."""
+    rows: Rows | None
+    """Which rows it sees; `None` for all."""
+    beyond: bool
+    """Whether it has asked for a step that did not come."""
+
+    def wait(self, waits_for: Awaited) -> None:
+        """Return when the model has come to this, or will not come to it any more."""
+
+
 class Body(Coroutine):
     """One invoke's program, which runs on a stack of its own until it has to wait."""
 
@@ -45,8 +60,8 @@ class Body(Coroutine):
         super().__init__(function)
         self.label = label
         self.number = 0
-        self.beyond = False  # whether it has asked for a step that did not come
-        self.rows: Rows | None = None  # `None`: all rows
+        self.beyond = False
+        self.rows: Rows | None = None
         self.ready: Callable[[], bool] | None = _at_once  # `None`: whoever runs the model tells
         self.waits_for: Awaited | str = ""
         self._refusal: BaseException | None = None

@@ -12,19 +12,19 @@ as a body of its own. A function needs no source.
 """
 
 import inspect
-import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NoReturn, Protocol
 
 import torch
 
 from .batching import Given
-from .blocks import ENTERED, Block, Statement, find
+from .blocks import Block
 from .bodies import Body
+from .captured import Captured
 from .errors import InvokeError, OutsideTraceError
 from .names import Names, begin, end
 from .paths import spelled
-from .skipping import Skipping
 
 
 class OneByOne(Protocol):
@@ -80,7 +80,7 @@ class Invokes:
         return [invoke.names for invoke in self.written if invoke.names is not None]
 
 
-class Invoke:
+class Invoke(Captured):
     """One input's block: `with` it, or call it with a function, whose answer is then `result`."""
 
     def __init__(self, invokes: Invokes, given: Given | None, all_rows: bool) -> None:
@@ -90,43 +90,21 @@ class Invoke:
         self.body: Body | None = None
         self.names: Names | None = None
         self._invokes = invokes
-        self._entering: tuple[Any, Statement, Skipping] | None = None
         invokes.made.append(self)
         self.label = f"invoke {len(invokes.made)}" + (f" ({given})" if given is not None else "")
 
-    def __enter__(self) -> "Invoke":
-        self._check_unwritten()
-        frame = sys._getframe(1)
-        try:
-            statement = find(frame)
-        except InvokeError as error:
-            self._invokes.made.remove(self)  # its input may be given to another form
-            raise error.with_traceback(None) from None
-        self._entering = frame, statement, Skipping(frame)
-        return self
+    def _refused(self) -> None:
+        self._invokes.made.remove(self)  # its input may be given to another form
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        entering, self._entering = self._entering, None
-        assert entering is not None
-        frame, (target, block), skipping = entering
-        if not skipping.end(error):
-            if error is not None:
-                return False
-            raise InvokeError(
-                "The block of this `tracer.invoke(...)` ran where it stands, outside the forward pass.",
-                "Something else traces this code; write the block as a function.",
-            )
-        if target is not None:
-            self._store(target, frame)
+    def _take(self, block: Block, frame: FrameType) -> None:
         self.body = body = Body(self._run_block, self.label)
         self.names = names = Names(block, frame, body.wait_until, self.label)
         names.frame = lambda: body.frame
         self._invokes.written.append(self)
-        return True
 
     def __call__(self, function: Callable[[], Any]) -> "Invoke":
         """Have `function`, called without arguments, be the block."""
-        self._check_unwritten()
+        self._check()
         _check_plain(function)
         self.body = Body(function, self.label)
         self._invokes.written.append(self)
@@ -145,14 +123,7 @@ class Invoke:
         assert self.names is not None
         self.names.run()
 
-    def _store(self, target: Block, frame: Any) -> None:
-        """Bind the `as` target, whose own instructions were left out with the body."""
-        names = Names(target, frame, _never, self.label)
-        names.bound[ENTERED] = self
-        names.run()
-        end([names])
-
-    def _check_unwritten(self) -> None:
+    def _check(self) -> None:
         if not self._invokes.open:
             raise InvokeError(
                 "An invoke was opened inside another, or behind the end of its trace.",
@@ -214,7 +185,3 @@ def outside_invokes(what: str = "This") -> OutsideTraceError:
         f"{what} was read outside every invoke, and its trace has no input of its own.",
         'Read it inside `with tracer.invoke("…"):`, or give the trace an input: `with model.trace("…"):`.',
     )
-
-
-def _never(ready: Callable[[], bool], waits_for: str) -> None:
-    """A target is stored at once: no other body has begun."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .batching import Factors, Rows
-from .bodies import Body
+from .bodies import Asker
 from .errors import EditError
 from .nested import as_where_made, mapped, tensors
 from .visits import OUTPUT, Visit
@@ -97,7 +97,7 @@ class Lending:
         self._accounts: dict[int, Account] = {}
         self._put_together: list[tuple[torch.Tensor, int]] = []
 
-    def lend(self, visit: Visit, body: Body, rows: Rows, whole: Any, factors: Factors, point: Callable[[], str]) -> Any:
+    def lend(self, visit: Visit, body: Asker, rows: Rows, whole: Any, factors: Factors, point: Callable[[], str]) -> Any:
         """The body's rows of `whole`; the same object again where it asks again."""
         account = self._accounts.setdefault(body.number, Account())
         loan = account.loans.get(id(whole))
@@ -107,7 +107,7 @@ class Lending:
             loan = account.loans[id(whole)] = Loan(whole, part, is_held(visit, whole))
         return loan.part
 
-    def settle(self, body: Body, visit: Visit, written: Callable[[Any, Any], Any]) -> None:
+    def settle(self, body: Asker, visit: Visit, written: Callable[[Any, Any], Any]) -> None:
         """Put into the whole what the body has exchanged in the containers it was given; `written` does so with its rows."""
         account = self._accounts.get(body.number)
         if account is None:
@@ -125,7 +125,7 @@ class Lending:
                     loan.state = now
                     hold(visit, written(held(visit), account.without_copies(loan.part)))
 
-    def replaces(self, body: Body, value: Any) -> Any:
+    def replaces(self, body: Asker, value: Any) -> Any:
         """The body replaces the value it was given: that no longer matters; `value` as it is to be written."""
         account = self._accounts.get(body.number)
         if account is None:

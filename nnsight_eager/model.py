@@ -5,6 +5,7 @@ with model.trace(torch.randn(1, 4)):
     hidden = model[0].output
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -13,6 +14,7 @@ import torch
 
 from .batching import Given, joined, with_shared
 from .cache import Cache
+from .edits import Edit, EditBlock, label_of
 from .errors import InputError
 from .run import Call
 from .trace import Division, Trace
@@ -59,6 +61,48 @@ class NNsight(Envoy):
         with self.trace(*inputs, **options) as tracer:
             cache = tracer.cache(modules, **keep)
         return cache
+
+    def edit(self, function: Callable[[], Any] | None = None, *, inplace: bool = False) -> Any:
+        """An edit that every later trace and generation of the model begins with, once in each step.
+
+            with model.edit() as edited:                        # `edited` is the same model with the edit
+                model.transformer.h[5].mlp.output *= 0
+            with edited.trace("The Eiffel Tower"):              # before its own reads, and before invokes
+                ...
+
+            handle = model.edit(function, inplace=True)         # a function needs no source; the model itself is edited
+            handle.remove()                                     # or `model.clear_edits()`
+
+        Given a function, it returns the edited model, or with `inplace` a handle. Raises `InvokeError` where a block cannot be
+        taken out of its place.
+        """
+        edited = self if inplace else self._view()
+
+        def add(label: str, program: Callable[[], Callable[[], Any]]) -> Edit:
+            edits = edited._tree.edits
+            edits.append(Edit(label, program, lambda edit: edits.remove(edit) if edit in edits else None))
+            return edits[-1]  # type: ignore[no-any-return]
+
+        if function is None:
+            return EditBlock(add, edited)
+        handle = add(label_of(function), lambda: function)
+        return handle if inplace else edited
+
+    def clear_edits(self) -> None:
+        """Take away every edit of the model."""
+        self._tree.edits.clear()
+
+    def _view(self) -> "NNsight":
+        """The same model with edits of its own, beginning with those it has."""
+        view = copy.copy(self)
+        view._children = {}
+        view._tree = Tree(self._module, memory=self._tree.memory)
+        view._tree.edits = [*self._tree.edits]
+        return view
+
+    def __repr__(self) -> str:
+        edits = "".join(f"\n  {edit!r}" for edit in self._tree.edits)
+        return super().__repr__() + (f"\nwith{edits}" if edits else "")
 
     def batch(self, inputs: Sequence[Given]) -> tuple[Given, list[int]]:
         """How the inputs of several invokes become one call: the arguments of that call, and the rows of each input.

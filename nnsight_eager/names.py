@@ -73,6 +73,14 @@ class Names(dict[str, Any]):
             around, module = self._around, self._module
             self._around = {n: v for n, v in around.items() if n in fixed or module.get(n, around) is not v}
 
+    def again(self) -> "Names":
+        """The same names with nothing bound, to run the body once more."""
+        names = Names.__new__(Names)
+        dict.update(names, self)
+        vars(names).update(vars(self), bound=dict(self.bound), ended=False)
+        names.bound["__builtins__"] = names
+        return names
+
     def run(self) -> None:
         """Run the body."""
         code = self._block.code

@@ -7,13 +7,14 @@ Bodies and model are resumed from the stack that opened the trace, one at a time
 go on has: at one visit the bodies run in the order written, again and again until nobody waits there.
 """
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, Protocol
 
 import torch
 
-from .batching import factors_in, is_routed
-from .bodies import Awaited, Body
+from .batching import Rows, factors_in, is_routed
+from .bodies import Asker, Awaited, Body
 from .coroutine import current_stack, inside_forward
 from .ears import Memory
 from .errors import DeadlockError, RunEndedError
@@ -29,7 +30,7 @@ class Share:
 
     __slots__ = ("_body", "_path", "_run", "visit")
 
-    def __init__(self, visit: Visit, body: Body, run: "SharedRun", path: str) -> None:
+    def __init__(self, visit: Visit, body: Asker, run: "SharedRun", path: str) -> None:
         self.visit = visit
         self._body = body
         self._run = run
@@ -69,23 +70,51 @@ class Share:
         return self._body.rows is None or self._body.rows.all
 
 
+class Caller:
+    """Who asks in place, beside bodies: to wait, it lets them and the model go on."""
+
+    def __init__(self, go_on: Callable[[], None]) -> None:
+        """`go_on` lets the model come to the next point that somebody waits for."""
+        self.label = "the block"
+        self.number = sys.maxsize
+        self.rows: Rows | None = None
+        self.beyond = self.arrived = False
+        self._go_on = go_on
+
+    def wait(self, waits_for: Awaited) -> None:
+        """Return when the model has come to this, or will not come to it any more."""
+        while not self.arrived:
+            self._go_on()
+
+
+class Stored(Protocol):
+    """A stored edit."""
+
+    def body(self, run: Run) -> Body:
+        """The edit as a body of one run."""
+
+
 class SharedRun(Run):
     """One model call in progress, and the bodies that read and edit it."""
 
-    __slots__ = ("_arguments", "_arrived", "_closing", "_left_early", "_lending", "_paused", "_running", "_waiting", "bodies")
+    __slots__ = ("_arguments", "_arrived", "_closing", "_left_early", "_lending", "_paused", "_running", "_stoppable",
+        "_waiting", "bodies")  # fmt: skip
 
-    def __init__(self, root: torch.nn.Module, call: Call, memory: Memory, bodies: list[Body]) -> None:
-        """Nothing runs yet, neither the model nor a body."""
+    def __init__(
+        self, root: torch.nn.Module, call: Call, memory: Memory, bodies: Sequence[Body], edits: Sequence[Stored] = ()
+    ) -> None:
+        """Nothing runs yet, neither the model nor a body; `edits` go before the bodies."""
         super().__init__(root, call, memory)
-        self.bodies = bodies
-        for number, body in enumerate(bodies):
+        self.bodies = [*(edit.body(self) for edit in edits), *bodies]
+        for number, body in enumerate(self.bodies):
             body.number = number
         self._arguments = (call.args, call.kwargs)
         self._running: Body | None = None
         self._lending = Lending()
         self._waiting = Waiting()  # for the model
         self._arrived: list[Body] = []  # the model has come to what they waited for
-        self._paused = [*bodies]  # for another body, or at their start
+        self._paused = [*self.bodies]  # for another body, or at their start
+        self._stoppable = len(bodies)
         self._left_early = 0
         self._closing = False
 
@@ -121,7 +150,7 @@ class SharedRun(Run):
             body.beyond = self.finished
         return not self.finished
 
-    def _wait(self, body: Body, awaited: Awaited) -> None:
+    def _wait(self, body: Asker, awaited: Awaited) -> None:
         """Pause the body until the model has come to this, or will not come to it any more."""
         self._waiting.add(body, awaited)
         body.wait(awaited)
@@ -135,7 +164,7 @@ class SharedRun(Run):
             value = self._written(body, held(at), self._lending.replaces(body, value), path)
         super().replace(at, value, path)
 
-    def lend(self, visit: Visit, body: Body, whole: Any, path: str, kind: str) -> Any:
+    def lend(self, visit: Visit, body: Asker, whole: Any, path: str, kind: str) -> Any:
         """The body's rows of a value of the visit."""
         rows = body.rows
         if rows is None or rows.all:
@@ -147,13 +176,13 @@ class SharedRun(Run):
         self._beyond = self._asking().beyond  # what this body has gone on to, whatever the others have
         super()._missed(visit, kind, path, before, further)
 
-    def _settle(self, body: Body) -> None:
+    def _settle(self, body: Asker) -> None:
         """Make the model's what the body has exchanged in the containers it was given."""
         at = self.at
         if at is not None:
             self._lending.settle(body, at, lambda whole, part: self._written(body, whole, part, path_in(self.root, at.module)))
 
-    def _written(self, body: Body, whole: Any, part: Any, path: str) -> Any:
+    def _written(self, body: Asker, whole: Any, part: Any, path: str) -> Any:
         """`whole` with the body's rows replaced by `part`."""
         rows, at = body.rows, self.at
         assert at is not None
@@ -181,11 +210,20 @@ class SharedRun(Run):
         body = self._running
         return body if body is not None and current_stack() is body.stack else None
 
-    def _asking(self) -> Body:
+    def _asking(self) -> Asker:
+        """Whoever this is called by: a body, or the code of the trace."""
         body = self._running
-        if body is None or current_stack() is not body.stack:
+        if body is not None and current_stack() is body.stack:
+            return body
+        if body is not None or current_stack() is self._stack:
             raise inside_forward()
-        return body
+        return Caller(self._go_on)
+
+    def _go_on(self) -> None:
+        """Let the model come to the next point that somebody waits for, and the bodies that wait there go on."""
+        self._serve()
+        self._advance()
+        self._serve()
 
     def factors(self, total: int) -> set[int]:
         """By what the rows may be multiplied in this step: told by the arguments of the root's call."""
@@ -207,31 +245,41 @@ class SharedRun(Run):
         try:
             self._finish()
         except BaseException as error:
-            self._close_bodies(error)
+            for label, closing in self._close_bodies():
+                error.add_note(f"While {label} was closed it raised {type(closing).__name__}: {closing}")
             raise
+
+    def close(self) -> None:
+        """End the bodies and the run wherever they are."""
+        raised = self._close_bodies() if self.open else []
+        super().close()
+        for _, error in raised:
+            raise error
 
     def _finish(self) -> None:
         self._serve()
         while self._paused or not self.finished:
             if self._paused and (self.finished or not self._waiting):
                 self._give_up()
-            elif self._left_early == len(self.bodies):
+            elif self._left_early and self._left_early == self._stoppable:
                 return
             else:
                 self._advance()
             self._serve()
         super().finish()
 
-    def _close_bodies(self, error: BaseException) -> None:
-        """Run the `finally` blocks of every body; what they raise is noted on the error that ends them."""
+    def _close_bodies(self) -> list[tuple[str, Exception]]:
+        """Run the `finally` blocks of every body; what they have raised."""
         self._closing = True
+        raised = []
         for body in self.bodies:
             self._running = body
             try:
                 body.close()
-            except Exception as closing:
-                error.add_note(f"While {body.label} was closed it raised {type(closing).__name__}: {closing}")
+            except Exception as error:
+                raised.append((body.label, error))
         self._running = None
+        return raised
 
     def _serve(self) -> None:
         """Let bodies go on, in the order written, until none can."""
@@ -272,18 +320,28 @@ class SharedRun(Run):
             self.at = reached = forward.resume()
         except BaseException as error:
             self._stopped(error, at)
-            self._arrived = sorted(self._waiting.all(), key=_number)
+            waiting = sorted(self._waiting.all(), key=_number)
+            if any(isinstance(each, Caller) for each in waiting):
+                raise
+            self._arrive(waiting)
             if not self._arrived:
                 raise
             self._arrived[0].refuse(error)
             return
         self._step_over = reached is None
         if self.finished:
-            self._arrived = self._waiting.all()
+            self._arrive(self._waiting.all())
         elif reached is None:
-            self._arrived = self._waiting.step_over()
+            self._arrive(self._waiting.step_over())
         else:
-            self._arrived = self._waiting.at(reached, forward.step)
+            self._arrive(self._waiting.at(reached, forward.step))
+
+    def _arrive(self, askers: list[Asker]) -> None:
+        """These have what they waited for: bodies go on when it is their turn, the caller after them."""
+        self._arrived = [each for each in askers if isinstance(each, Body)]
+        for each in askers:
+            if isinstance(each, Caller):
+                each.arrived = True
 
     def _give_up(self) -> None:
         """No body can go on and none waits for the model: have the first of them raise what tells so."""
@@ -300,5 +358,5 @@ class SharedRun(Run):
         )
 
 
-def _number(body: Body) -> int:
+def _number(body: Asker) -> int:
     return body.number

@@ -66,7 +66,7 @@ class Trace:
         if self._call is None:
             self._divide()
         else:
-            self._begin(Run(self._tree.root, self._call, self._tree.memory))
+            self._begin(self._run_of(self._call))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
@@ -83,6 +83,12 @@ class Trace:
             self._invokes.open = False
             leave(self._invokes)
         return False
+
+    def _run_of(self, call: Call) -> Run:
+        """A run of the code of one block, with the model's stored edits."""
+        if self._tree.edits:
+            return SharedRun(self._tree.root, call, self._tree.memory, (), self._tree.edits)
+        return Run(self._tree.root, call, self._tree.memory)
 
     def _begin(self, run: Run) -> None:
         """Make `run` the one that points mean."""
@@ -229,7 +235,7 @@ class Trace:
                 own = next(rows) if invoke.given is not None else None
                 body.rows = None if invoke.all_rows else own
             invokes.open = False
-            run = SharedRun(self._tree.root, call, self._tree.memory, bodies)
+            run = SharedRun(self._tree.root, call, self._tree.memory, bodies, self._tree.edits)
             self._begin(run)
             for begin in invokes.at_begin:
                 begin(run)
@@ -251,7 +257,7 @@ class Trace:
         if self._run is not None and self._run.open:
             raise InvokeError("An invoke was opened inside another.", "Write each invoke directly in its trace's block.")
         call, _ = self._division.batch([given])
-        run = Run(self._tree.root, call, self._tree.memory)
+        run = self._run_of(call)
         self._begin(run)
         return run
 

@@ -29,12 +29,13 @@ def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
 class Tree:
     """What all envoys of one model share: its root, what its runs remember, and the run they are bound to, if any."""
 
-    __slots__ = ("bound_to", "memory", "root")
+    __slots__ = ("bound_to", "edits", "memory", "root")
 
     def __init__(self, root: torch.nn.Module, bound_to: Run | None = None, memory: Memory | None = None) -> None:
         self.root = root
         self.bound_to = bound_to
         self.memory = Memory() if memory is None else memory
+        self.edits: list[Any] = []  # what every run begins with
 
     def run(self) -> Run:
         """The run that points of this tree belong to."""

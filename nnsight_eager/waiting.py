@@ -7,10 +7,10 @@ waiting.at(visit, step=0)       # the model is paused at the visit: the bodies t
 from collections.abc import Callable
 from typing import Final
 
-from .bodies import Awaited, Body
+from .bodies import Asker, Awaited
 from .visits import Visit
 
-Entry = tuple[Body, Awaited]
+Entry = tuple[Asker, Awaited]
 LATER: Final = None
 """In the place of a visit: a step, or the end."""
 
@@ -31,7 +31,7 @@ class Waiting:
     def __contains__(self, visit: Visit) -> bool:
         return visit in self._entries
 
-    def add(self, body: Body, awaited: Awaited) -> None:
+    def add(self, body: Asker, awaited: Awaited) -> None:
         """Note that `body` waits for this."""
         self._entries.setdefault(awaited.visit, []).append((body, awaited))
         self.in_step += awaited.in_step
@@ -42,20 +42,20 @@ class Waiting:
         steps = (awaited.step for _, awaited in self._entries.get(LATER, ()))
         return min((step for step in steps if step is not None), default=None)
 
-    def at(self, visit: Visit, step: int) -> list[Body]:
+    def at(self, visit: Visit, step: int) -> list[Asker]:
         """The model is paused at `visit` in `step`: who waited for that waits no longer."""
         here = self._take(visit, lambda awaited: awaited.kind is visit.kind) if visit in self._entries else []
         return here + self._take(LATER, lambda awaited: awaited.step is not None and awaited.step <= step)
 
-    def step_over(self) -> list[Body]:
+    def step_over(self) -> list[Asker]:
         """The step has ended: who waited for a point in it waits no longer."""
         return [body for visit in [*self._entries] for body in self._take(visit, lambda awaited: awaited.in_step)]
 
-    def all(self) -> list[Body]:
+    def all(self) -> list[Asker]:
         """The model has ended: nobody waits any longer."""
         return [body for visit in [*self._entries] for body in self._take(visit, lambda _: True)]
 
-    def _take(self, visit: Visit | None, wanted: Callable[[Awaited], bool]) -> list[Body]:
+    def _take(self, visit: Visit | None, wanted: Callable[[Awaited], bool]) -> list[Asker]:
         """Remove those entries at one place that are `wanted`; their bodies."""
         entries = self._entries.pop(visit, [])
         stay = [entry for entry in entries if not wanted(entry[1])]

@@ -1,0 +1,204 @@
+"""Edits that stay: every step of every run, in order, before invokes and the code of the trace."""
+
+import pytest
+import torch
+from left_behind import frames_on_other_stacks
+from small_models import X4, Stack, hooked
+
+from nnsight_eager import InvokeError, NNsight, NotReachedError
+
+B = torch.ones(2, 4)
+
+
+@pytest.fixture
+def model():
+    return NNsight(Stack())
+
+
+def with_hook(model, x, *changes):
+    """What the model gives with plain hooks that change outputs: pairs of a path and a function."""
+    handles = [
+        model._module.get_submodule(path).register_forward_hook(lambda m, a, output, change=change: change(output))
+        for path, change in changes
+    ]
+    try:
+        return model._module(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def double(value):
+    return value * 2
+
+
+def test_an_edited_model_is_a_view_and_the_model_itself_stays_as_it_is(model):
+    with model.edit() as edited:
+        model.h[1].output *= 2
+    assert torch.equal(edited.trace(X4).result, with_hook(model, X4, ("h.1", double)))
+    assert torch.equal(model.trace(X4).result, model._module(X4))
+    assert edited._module is model._module
+
+
+def test_an_edit_in_place_is_the_models_until_it_is_removed(model):
+    def change():
+        model.h[1].output = model.h[1].output * 2
+
+    handle = model.edit(change, inplace=True)
+    assert torch.equal(model.trace(X4).result, with_hook(model, X4, ("h.1", double)))
+    handle.remove()
+    handle.remove()
+    assert torch.equal(model.trace(X4).result, model._module(X4))
+    model.edit(change, inplace=True)
+    model.clear_edits()
+    assert torch.equal(model.trace(X4).result, model._module(X4))
+
+
+def test_an_edit_in_place_may_be_a_block_and_last_for_one(model):
+    with model.edit(inplace=True):
+        model.h[0].output *= 2
+    assert torch.equal(model.trace(X4).result, with_hook(model, X4, ("h.0", double)))
+    with model.edit(lambda: model.h[0].output.mul_(0.5), inplace=True):
+        assert torch.allclose(model.trace(X4).result, model._module(X4))
+    assert torch.equal(model.trace(X4).result, with_hook(model, X4, ("h.0", double)))
+
+
+def test_the_code_of_a_trace_sees_what_edits_have_made(model):
+    with model.edit() as edited:
+        model.h[1].output = model.h[1].output * 2
+    with edited.trace(X4):
+        first = edited.h[0].output
+        seen = edited.h[1].output
+        edited.h[1].output = seen + 1
+        last = edited.head.output
+    assert torch.equal(first, hooked(model._module, lambda: model._module(X4), "h.0")[0][0])
+    assert torch.equal(last, with_hook(model, X4, ("h.1", lambda output: output * 2 + 1)))
+
+
+def test_edits_run_in_the_order_they_were_made(model):
+    model.edit(lambda: model.h[1].output.mul_(2), inplace=True)
+    model.edit(lambda: model.h[1].output.add_(1), inplace=True)
+    assert torch.equal(model.trace(X4).result, with_hook(model, X4, ("h.1", lambda output: output * 2 + 1)))
+
+
+def test_an_edit_of_an_edited_model_comes_on_top(model):
+    once = model.edit(lambda: model.h[1].output.mul_(2))
+    twice = once.edit(lambda: model.h[1].output.add_(1))
+    assert torch.equal(once.trace(X4).result, with_hook(model, X4, ("h.1", double)))
+    assert torch.equal(twice.trace(X4).result, with_hook(model, X4, ("h.1", lambda output: output * 2 + 1)))
+
+
+def test_an_edit_runs_in_every_step(model):
+    model.edit(lambda: model.h[1].output.mul_(2), inplace=True)
+    x = X4
+    for _ in range(3):
+        x = with_hook(model, x, ("h.1", double))
+    assert torch.equal(model.trace(X4, fn="generate").result, x)
+    with model.trace(X4, fn="generate") as tracer:
+        seen = [model.h[1].output for _ in tracer.iter[:]]
+    assert len(seen) == 3
+    assert torch.equal(tracer.result, x)
+
+
+def test_an_edit_under_generate_changes_every_token(gpt2):
+    plain = gpt2.generate("The Eiffel Tower", max_new_tokens=3).result
+    vector = torch.zeros(320)
+    vector[7] = 1e4
+
+    def prefer():
+        gpt2.lm_head.output += vector
+
+    edited = gpt2.edit(prefer)
+    assert edited.generate("The Eiffel Tower", max_new_tokens=3).result[0, -3:].tolist() == [7, 7, 7]
+    assert torch.equal(gpt2.generate("The Eiffel Tower", max_new_tokens=3).result, plain)
+
+
+def test_an_edit_comes_before_invokes_and_sees_all_rows(model):
+    def change():
+        assert model.h[1].output.shape[0] == 3
+        model.h[1].output = model.h[1].output * 2
+
+    model.edit(change, inplace=True)
+    with model.trace() as tracer:
+        one = tracer.invoke(X4, lambda: model.h[1].output)
+        two = tracer.invoke(B, lambda: model.head.output)
+    (hidden,) = hooked(model._module, lambda: model._module(torch.cat((X4, B))), "h.1")[0]
+    assert torch.equal(one.result, hidden[:1] * 2)
+    assert torch.allclose(two.result, with_hook(model, B, ("h.1", double)))
+
+
+def test_an_edit_may_read_several_points_and_use_python_around_them(model):
+    factors = {0: 2.0, 2: 3.0}
+
+    def change():
+        for number, factor in factors.items():
+            model.h[number].output *= factor
+
+    edited = model.edit(change)
+    expected = with_hook(model, X4, ("h.0", double), ("h.2", lambda output: output * 3))
+    assert torch.equal(edited.trace(X4).result, expected)
+
+
+def test_a_block_means_what_it_meant_where_it_was_written(model):
+    def make(factor):
+        with model.edit() as edited:
+            model.h[1].output *= factor
+        factor = None
+        return edited
+
+    assert torch.equal(make(3).trace(X4).result, with_hook(model, X4, ("h.1", lambda output: output * 3)))
+
+
+def test_an_edit_that_fails_is_an_error_at_its_line_in_every_trace(model):
+    def wrong():
+        model.unused.output
+
+    edited = model.edit(wrong)
+    for _ in range(2):
+        with pytest.raises(NotReachedError, match=r"`model.unused.output` did not run"):
+            edited.trace(X4).result
+    assert torch.equal(model.trace(X4).result, model._module(X4))
+
+
+def test_an_error_of_the_forward_is_raised_at_the_line_of_the_trace_and_names_the_edit(model):
+    def wrong():
+        model.h[0].output = torch.ones(1, 3)
+
+    edited = model.edit(wrong)
+    with pytest.raises(RuntimeError) as caught, edited.trace(X4):
+        edited.h[2].output
+    assert any("`model.h[0].output` in step 0" in note and __file__ in note for note in caught.value.__notes__)
+
+
+def test_edits_are_listed(model):
+    def named():
+        pass
+
+    model.edit(named, inplace=True)
+    with model.edit(inplace=True):
+        model.h[0].output
+    *_, first, second = repr(model).splitlines()
+    assert first.startswith("  <edit `test_edits_are_listed.<locals>.named` (")
+    assert second.startswith(f"  <edit ({__file__}, line ")
+
+
+@pytest.mark.parametrize("function", [lambda x: x, 3], ids=["takes an argument", "no function"])
+def test_what_cannot_be_an_edit_is_refused_where_it_is_given(model, function):
+    with pytest.raises(InvokeError, match="`edit` was given"):
+        model.edit(function)
+
+
+def test_traces_of_an_edited_model_nest_and_leave_nothing_behind(model):
+    edited = model.edit(lambda: model.h[1].output.mul_(2))
+    before = [list(each.__dict__) for each in model._module.modules()]
+    with edited.trace(X4), edited.trace(B):
+        inner = edited.h[2].output
+    with edited.trace(X4) as stopped:
+        edited.h[0].output
+        stopped.stop()
+    with pytest.raises(ZeroDivisionError), edited.trace(X4):
+        edited.h[0].output
+        raise ZeroDivisionError
+    assert inner.shape == (2, 4)
+    assert not [name for name in frames_on_other_stacks() if "_every_step" in name]
+    assert [list(each.__dict__) for each in model._module.modules()] == before
