@@ -55,7 +55,7 @@ MAY_IMPORT = {
         "steps",
         "tree",
     },
-    "model": {"batching", "cache", "edits", "errors", "run", "trace", "tree"},
+    "model": {"batching", "cache", "edits", "errors", "paths", "run", "trace", "tree"},
     "padding": {"errors"},
     "inputs": {"errors", "padding"},
     "loading": {"errors"},

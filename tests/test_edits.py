@@ -5,7 +5,7 @@ import torch
 from left_behind import frames_on_other_stacks
 from small_models import X4, Stack, hooked
 
-from nnsight_eager import InvokeError, NNsight, NotReachedError
+from nnsight_eager import EditError, InvokeError, NNsight, NotReachedError
 
 B = torch.ones(2, 4)
 
@@ -202,3 +202,45 @@ def test_traces_of_an_edited_model_nest_and_leave_nothing_behind(model):
     assert inner.shape == (2, 4)
     assert not [name for name in frames_on_other_stacks() if "_every_step" in name]
     assert [list(each.__dict__) for each in model._module.modules()] == before
+
+
+def test_steering_adds_a_vector_and_ends_with_its_block(gpt2):
+    vector, prompt = torch.randn(32), "The Eiffel Tower is in"
+    plain = gpt2.trace(prompt).result.logits
+    layer = gpt2._module.transformer.h[1]
+
+    def hook(module, args, output):
+        return (output[0] + 3 * vector, *output[1:]) if isinstance(output, tuple) else output + 3 * vector
+
+    handle = layer.register_forward_hook(hook)
+    expected = gpt2.trace(prompt).result.logits
+    handle.remove()
+    with gpt2.steer(gpt2.transformer.h[1], vector, scale=3):
+        assert torch.equal(gpt2.trace(prompt).result.logits, expected)
+    assert torch.equal(gpt2.trace(prompt).result.logits, plain)
+
+
+def test_steering_chosen_positions_is_steering_the_prompt(gpt2):
+    vector, prompt = torch.randn(32), "The Eiffel Tower is in"
+    with gpt2.trace(prompt):
+        gpt2.transformer.h[1].hidden[:, [1, 2]] += vector
+        expected = gpt2.transformer.h[1].hidden.clone()
+    with gpt2.steer(gpt2.transformer.h[1], vector, positions=[1, 2]), gpt2.generate(prompt, max_new_tokens=3) as tracer:
+        hidden = [gpt2.transformer.h[1].hidden for _ in tracer.iter[:]]
+    assert torch.equal(hidden[0], expected)
+    assert len(hidden) == 3
+
+
+@pytest.mark.parametrize("value", [0, "mean", torch.arange(4.0)], ids=["zero", "mean", "tensor"])
+def test_ablation_puts_a_constant_in_the_place_of_an_output(model, value):
+    def change(output):
+        return output.mean(0, keepdim=True).expand_as(output) if isinstance(value, str) else output * 0 + value
+
+    model.ablate(model.h[1].lin, value)
+    assert torch.allclose(model.trace(B).result, with_hook(model, B, ("h.1.lin", change)))
+    assert repr(model).endswith("<ablate `model.h[1].lin`>")
+
+
+def test_an_ablation_to_an_unknown_word_is_refused(model):
+    with pytest.raises(EditError, match="`ablate` was given 'median'"):
+        model.ablate(model.h[1], "median")
