@@ -21,6 +21,7 @@ from .loading import Source, source, tokenizer_for
 from .model import NNsight
 from .padding import CONTENT, Side, positions, together
 from .run import Call
+from .scan import Scan
 from .trace import Division, Trace
 from .tree import Tree
 
@@ -131,6 +132,14 @@ class LanguageModel(NNsight):
             name = type(self._module).__name__
             raise InputError(f"`{name}` does not generate.", "Use `model.trace(...)`, or load a model with a language head.")
         return self._traced("generate", inputs, keywords, batched)
+
+    def scan(self, *inputs: Any, **keywords: Any) -> Scan:
+        """The forward pass on fake tensors: shapes, types and devices, no values. Weights are not loaded for it.
+
+        with model.scan("The Eiffel Tower is in"):
+            print(model.transformer.h[5].hidden.shape)       # [1, seq, hidden]
+        """
+        return Scan(self._tree, self._called("forward", self._inputs.prepare(inputs, keywords)))
 
     def batch(self, inputs: Sequence[Given]) -> tuple[Given, list[int]]:
         """How the inputs of several invokes become one call: padded to one length, with a mask and positions to match.

@@ -18,6 +18,7 @@ from .edits import Edit, EditBlock, label_of
 from .errors import EditError, InputError
 from .paths import spelled
 from .run import Call
+from .scan import Map, Scan, map_of
 from .trace import Division, Trace
 from .tree import Envoy, Tree
 
@@ -62,6 +63,21 @@ class NNsight(Envoy):
         with self.trace(*inputs, **options) as tracer:
             cache = tracer.cache(modules, **keep)
         return cache
+
+    def scan(self, *args: Any, **kwargs: Any) -> Scan:
+        """The forward pass on fake tensors: shapes, types and devices, no values, and no weights needed.
+
+        with model.scan(x):
+            print(model.layers[3].output.shape)
+        """
+        return Scan(self._tree, self._call(None, args, kwargs))
+
+    def map(self, *args: Any, **kwargs: Any) -> Map:
+        """The modules that the forward pass runs, in order, with the shapes and types of what goes in and comes out.
+
+        print(model.map("The Eiffel Tower is in"))       # a table; `.rows` has it as data
+        """
+        return map_of(self.scan(*args, **kwargs), dict(self._module.named_modules()))
 
     def edit(self, function: Callable[[], Any] | None = None, *, inplace: bool = False) -> Any:
         """An edit that every later trace and generation of the model begins with, once in each step.

@@ -24,6 +24,7 @@ from .run import Call, Run, Stop
 from .shared import SharedRun
 from .steps import Steps
 from .tree import Envoy, Tree
+from .visits import Watcher
 
 
 class Division(NamedTuple):
@@ -183,6 +184,10 @@ class Trace:
         else:
             watch(self._opened())
         return cache
+
+    def watch(self, module: torch.nn.Module, watcher: Watcher) -> None:
+        """From here on have `watcher` called with each visit of the module, at its input and its output, without pausing."""
+        self._opened().watch(module, watcher)
 
     def barrier(self, parties: int) -> Barrier:
         """A place where `parties` invokes wait for each other: call it in each of them; it can be used again and again."""

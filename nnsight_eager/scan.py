@@ -1,0 +1,134 @@
+"""The same run on fake tensors: shapes and types without weights and without computing.
+
+    with model.scan("The Eiffel Tower is in"):
+        print(model.transformer.h[5].hidden.shape)       # [1, seq, hidden]
+
+    model.map("The Eiffel Tower is in")                  # every module that runs, in order, with shapes
+
+torch's `FakeTensorMode` computes shapes, types and devices only. The model's parameters are fake ones while the forward goes
+on, so weights need not be loaded; both sides run in the mode, so that tensors made in the block are fake as well. A model that
+chooses by values cannot: transformers keeps an attention mask that it would drop where it is all ones.
+"""
+
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .errors import InputError
+from .nested import described, mapped, tensors
+from .paths import spelled
+from .run import Call
+from .trace import Trace
+from .tree import Tree
+from .visits import OUTPUT, Visit
+
+
+class Scan(Trace):
+    """A trace on fake tensors; what is read are `FakeTensor`s, which have a shape, a type and a device and no values."""
+
+    __slots__ = ("_mode", "_real")
+
+    def __init__(self, tree: Tree, call: Call) -> None:
+        """Nothing runs before the block is entered."""
+        super().__init__(tree, "scan", call, None)
+        if call.function is not tree.root:
+            raise InputError("A scan runs the forward pass of the model only.", "Leave `fn` away.")
+        self._real = call
+
+    def __enter__(self) -> "Scan":
+        self._mode = mode = FakeTensorMode(allow_non_fake_inputs=True)
+        root = self._tree.root
+        weights = {name: _fake(mode, each) for name, each in (*root.named_parameters(), *root.named_buffers())}
+        args, kwargs = mapped((self._real.args, self._real.kwargs), lambda tensor: _fake(mode, tensor))
+        self._call = Call("forward", torch.func.functional_call, (root, weights, args, kwargs), {})
+        mode.__enter__()
+        try:
+            super().__enter__()
+        except BaseException:
+            mode.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+        try:
+            return super().__exit__(kind, error, traceback)
+        finally:
+            self._mode.__exit__(None, None, None)
+
+
+class Row(NamedTuple):
+    """One module of a map: where it is, what goes in and comes out, and how often it runs in the pass."""
+
+    path: str
+    kind: str
+    input: str
+    output: str
+    visits: int
+
+
+class Map:
+    """The modules that a forward pass runs, in the order they begin; printed as a table."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, path: str) -> Row:
+        """The row of one module."""
+        return next(row for row in self.rows if row.path == path)
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table("module", "type", "input", "output", "visits")
+        for row in self.rows:
+            table.add_row(spelled(row.path), row.kind, row.input, row.output, str(row.visits) if row.visits > 1 else "")
+        return table
+
+    def __repr__(self) -> str:
+        import io
+
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=160)
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def map_of(scan: Scan, modules: dict[str, torch.nn.Module]) -> Map:
+    """Run the scan and note every call of these modules."""
+    rows: dict[str, Row] = {}
+
+    def watcher(path: str, module: torch.nn.Module) -> Any:
+        def watch(visit: Visit) -> None:
+            if visit.kind is OUTPUT:
+                rows[path] = rows[path]._replace(output=_shown(visit.value))
+            elif path in rows:
+                rows[path] = rows[path]._replace(visits=rows[path].visits + 1)
+            else:
+                rows[path] = Row(path, type(module).__name__, _shown((visit.args, visit.kwargs)), "", 1)
+
+        return watch
+
+    with scan:
+        for path, module in modules.items():
+            scan.watch(module, watcher(path, module))
+    return Map(list(rows.values()))
+
+
+def _shown(value: Any) -> str:
+    """The tensors in a value, the first three of them in words."""
+    every = [described(each) for each in tensors(value)]
+    return ", ".join(every[:3]) + (f", {len(every) - 3} more" if len(every) > 3 else "")
+
+
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same form; of weights that are not loaded, as they would be on the processor."""
+    if tensor.device.type == "meta":
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return mode.from_tensor(tensor)

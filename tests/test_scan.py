@@ -1,0 +1,100 @@
+"""Shapes without computing, and without weights."""
+
+import pytest
+import torch
+from left_behind import everything
+from small_models import X4, Stack
+from torch._subclasses.fake_tensor import FakeTensor
+
+from nnsight_eager import InputError, LanguageModel, NNsight
+from nnsight_eager.nested import tensors
+
+PROMPT = "The Eiffel Tower is in"
+
+
+@pytest.fixture
+def model():
+    return NNsight(Stack())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "t5"])
+def test_shapes_are_those_of_a_real_run_and_weights_are_not_loaded(folder, kind):
+    scanned, real = LanguageModel(folder(kind)), LanguageModel(folder(kind))
+    seen = {}
+    with scanned.scan(PROMPT) as scan:
+        for path, module in scanned._module.named_modules():
+            scan.watch(module, lambda visit, path=path: seen.setdefault((path, visit.kind), form(visit)))
+    assert all(each.device.type == "meta" for each in scanned._module.parameters())
+    expected = {}
+    with real.trace(PROMPT) as tracer:
+        for path, module in real._module.named_modules():
+            tracer.watch(module, lambda visit, path=path: expected.setdefault((path, visit.kind), form(visit)))
+    assert list(seen) == list(expected)
+    assert seen == expected
+
+
+def form(visit):
+    """The tensors of an output, or the first of the inputs: transformers leaves out a mask whose values are all ones."""
+    every = list(tensors(visit.value)) if visit.kind == "output" else list(tensors((visit.args, visit.kwargs)))[:1]
+    return [(tuple(each.shape), each.dtype) for each in every]
+
+
+def test_the_block_of_a_scan_is_the_block_of_a_trace(gpt2):
+    with gpt2.scan(PROMPT) as scan:
+        hidden = gpt2.transformer.h[1].hidden
+        gpt2.transformer.h[1].hidden = hidden * torch.ones(1, 1, 32)
+        guess = gpt2.lm_head(gpt2.transformer.ln_f(hidden))
+        logits = gpt2.lm_head.output
+    assert isinstance(hidden, FakeTensor)
+    assert guess.shape == logits.shape == scan.result.logits.shape == gpt2.trace(PROMPT).result.logits.shape
+
+
+def test_behind_a_scan_everything_is_as_before(model):
+    before, state = everything(model), {name: id(each) for name, each in model._module.state_dict(keep_vars=True).items()}
+    with model.scan(X4):
+        model.h[1].output
+    with pytest.raises(ZeroDivisionError), model.scan(X4):
+        model.h[1].output
+        raise ZeroDivisionError
+    with model.scan(X4) as scan:
+        model.h[0].output
+        scan.stop()
+    assert everything(model) == before
+    assert {name: id(each) for name, each in model._module.state_dict(keep_vars=True).items()} == state
+    assert not isinstance(torch.ones(1), FakeTensor)
+    with model.trace(X4):
+        assert torch.equal(model.output, model._module(X4))
+
+
+def test_a_wrong_edit_is_found_by_a_scan(model):
+    with pytest.raises(RuntimeError) as caught, model.scan(X4):
+        model.h[0].output = torch.ones(1, 3)
+    assert any("[1, 4] float32 became [1, 3] float32" in note for note in caught.value.__notes__)
+
+
+def test_a_map_lists_the_modules_in_the_order_they_begin(model):
+    found = model.map(X4)
+    assert [row.path for row in found.rows] == ["", "h.0", "h.0.lin", "h.1", "h.1.lin", "h.2", "h.2.lin", "head"]
+    assert found["h.1.lin"] == ("h.1.lin", "Linear", "[1, 4] float32", "[1, 4] float32", 1)
+    text = repr(found)
+    assert "model.h[1].lin" in text
+    assert "unused" not in text
+
+
+def test_a_map_counts_visits():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.lin(self.lin(x))
+
+    assert NNsight(Twice()).map(X4)["lin"].visits == 2
+
+
+def test_a_scan_of_another_method_is_refused(model):
+    from nnsight_eager.scan import Scan
+
+    with pytest.raises(InputError, match="A scan runs the forward pass"):
+        Scan(model._tree, model._call("generate", (X4,), {}))
