@@ -133,6 +133,10 @@ class LanguageModel(NNsight):
             raise InputError(f"`{name}` does not generate.", "Use `model.trace(...)`, or load a model with a language head.")
         return self._traced("generate", inputs, keywords, batched)
 
+    def _view(self) -> NNsight:
+        self.dispatch()  # the view has the same weights, so they are loaded for both
+        return super()._view()
+
     def scan(self, *inputs: Any, **keywords: Any) -> Scan:
         """The forward pass on fake tensors: shapes, types and devices, no values. Weights are not loaded for it.
 

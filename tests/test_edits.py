@@ -5,7 +5,7 @@ import torch
 from left_behind import frames_on_other_stacks
 from small_models import X4, Stack, hooked
 
-from nnsight_eager import EditError, InvokeError, NNsight, NotReachedError
+from nnsight_eager import EditError, InvokeError, LanguageModel, NNsight, NotReachedError
 
 B = torch.ones(2, 4)
 
@@ -244,3 +244,11 @@ def test_ablation_puts_a_constant_in_the_place_of_an_output(model, value):
 def test_an_ablation_to_an_unknown_word_is_refused(model):
     with pytest.raises(EditError, match="`ablate` was given 'median'"):
         model.ablate(model.h[1], "median")
+
+
+def test_a_model_that_is_not_loaded_yet_shares_its_weights_with_its_edited_view(folder):
+    model = LanguageModel(folder("gpt2"))
+    with model.edit() as edited:
+        model.transformer.h[1].mlp.output *= 0
+    assert edited._module is model._module
+    assert not torch.equal(edited.trace("The").result.logits, model.trace("The").result.logits)

@@ -12,9 +12,10 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_every_block_runs(block, folder, tmp_path, capsys):
+def test_every_block_runs(block, folder, tmp_path, monkeypatch, capsys):
     script = tmp_path / "block.py"
     script.write_text(block.replace("openai-community/gpt2", str(folder("gpt2"))))
+    monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script))
 
 
