@@ -71,6 +71,7 @@ class Trace:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+        without_our_frames(traceback)  # the reader's own lines remain
         if self._invokes is None:
             return self._end(error)
         if self._results is None and error is None:

@@ -11,7 +11,7 @@ import torch
 from small_models import X4, Stack, hooked
 
 from nnsight_eager import NNsight
-from nnsight_eager.errors import InputError, RunEndedError, RunError
+from nnsight_eager.errors import InputError, NnsightEagerError, RunEndedError, RunError
 
 
 @pytest.fixture
@@ -261,6 +261,14 @@ def test_an_error_in_the_body_is_unchanged_and_shows_the_users_lines_alone(model
     assert mistake.__context__ is None
     assert frames_of(mistake) == [(__file__, "raise mistake")]
     assert is_as_before(model)
+
+
+@pytest.mark.parametrize("ask", ["model.h[0].output", "model.h[0].hidden", "tracer.cache('no.such')", "tracer.invoke(X4)"])
+def test_an_error_of_a_point_or_a_tracer_shows_the_users_lines_alone(model, ask):
+    with pytest.raises(NnsightEagerError) as caught, model.trace(X4) as tracer:
+        model.h[1].output
+        eval(ask, {**globals(), "model": model, "tracer": tracer})
+    assert {name for name, _ in frames_of(caught.value)} == {__file__, "<string>"}
 
 
 def test_what_the_closing_forward_raises_is_noted_on_the_bodys_error(model):
