@@ -8,10 +8,11 @@ A listening module costs a little, so a run listens only where it is asked to, a
 visited several times; the first run of a kind of call listens everywhere and learns what that is.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
+from .attention import AttentionPattern, compute_pattern, pattern_of
 from .errors import RunEndedError
 from .order import Order
 from .paths import modules_above
@@ -22,19 +23,21 @@ from .visits import Forward, RootVisit, Visit, is_compiled, not_compiled
 class Memory:
     """What the runs of one model leave for the next: the order learned for each kind of call, and ears to use again."""
 
-    __slots__ = ("compiled", "orders", "visits")
+    __slots__ = ("compiled", "orders", "patterns", "visits")
 
     def __init__(self) -> None:
         """Nothing has run yet."""
         self.orders: dict[str, Order] = {}
         self.visits: dict[int, Visit] = {}
+        self.patterns: dict[int, AttentionPattern] = {}
         self.compiled = False
 
 
 class Ears:
     """The ears of one run, by the identity of their module."""
 
-    __slots__ = ("_around", "_forward", "_memory", "_name", "_put_up", "_root", "_stack", "open", "order", "visits")
+    __slots__ = ("_around", "_forward", "_memory", "_name", "_put_up", "_root", "_stack", "_undo", "open", "order",
+        "visits")  # fmt: skip
 
     def __init__(self, root: torch.nn.Module, name: str, forward: Forward, memory: Memory) -> None:
         """No module listens yet. `name` is the kind of call, `memory` what earlier runs of this model have left."""
@@ -47,6 +50,7 @@ class Ears:
         self.visits, memory.visits = memory.visits, {}
         self.open = True
         self._put_up: list[Visit] = []
+        self._undo: dict[int, Callable[[], None]] = {}
         self._around: frozenset[int] | None = None
         self.order = memory.orders.get(name) or Order()
 
@@ -66,14 +70,23 @@ class Ears:
         visit = self.visits.get(id(module))
         return visit if visit is not None and visit.forward is self._forward else self._listen(module, visit)
 
+    def at_pattern(self, module: torch.nn.Module, path: str) -> AttentionPattern:
+        """The module that computes the attention pattern of `module` in this run."""
+        pattern = pattern_of(module, self._memory.patterns, path)
+        if id(module) not in self._undo:
+            self._undo[id(module)] = compute_pattern(module, pattern)
+        return pattern
+
     def learned(self) -> None:
         """The run has come to its end: what it has learned holds for later ones."""
         if self._forward.order is not None:
             self._memory.orders[self._name] = self.order
 
     def take_down(self) -> None:
-        """Take every ear out of its module."""
+        """Take every ear out of its module, and let attention be computed as it was."""
         take_down(self._put_up)
+        while self._undo:
+            self._undo.popitem()[1]()
 
     def put_away(self, cut_short: bool) -> None:
         """Leave the ears to later runs; done once the forward has ended, whose frames use them."""

@@ -143,7 +143,11 @@ class LanguageModel(NNsight):
         with model.scan("The Eiffel Tower is in"):
             print(model.transformer.h[5].hidden.shape)       # [1, seq, hidden]
         """
-        return Scan(self._tree, self._called("forward", self._inputs.prepare(inputs, keywords)))
+        call = self._called("forward", self._inputs.prepare(inputs, keywords))
+        mask = call.kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and bool(mask.all()):
+            del call.kwargs["attention_mask"]  # the model would drop it too, but cannot see that it is all ones
+        return Scan(self._tree, call)
 
     def batch(self, inputs: Sequence[Given]) -> tuple[Given, list[int]]:
         """How the inputs of several invokes become one call: padded to one length, with a mask and positions to match.

@@ -1,4 +1,4 @@
-"""`output`, `input`, `inputs`, `hidden`, `skip` as properties.
+"""`output`, `input`, `inputs`, `hidden`, `pattern`, `skip` as properties.
 
     model.transformer.h[5].output                    # the forward goes on to here; the real tensor
     model.transformer.h[5].output = zeros            # the model computes on with this
@@ -98,6 +98,24 @@ class Points:
         if first_tensor(visit.value) is None:
             raise self._no_tensor()
         self._run().replace(visit, with_first_tensor(visit.value, value), self._path)
+
+    @property
+    def pattern(self) -> torch.Tensor:
+        """The attention probabilities `[batch, head, query, key]` of an attention module, whatever the model computes it with.
+
+        pattern = model.transformer.h[5].attn.pattern
+        model.transformer.h[5].attn.pattern = pattern * keep        # the model goes on with these
+        """
+        visit = self._pattern_visit()
+        return visit.part(visit.value, "pattern")  # type: ignore[no-any-return]
+
+    @pattern.setter
+    def pattern(self, value: Any) -> None:
+        self._run().replace(self._pattern_visit(), value, f"{self._path}.pattern")
+
+    def _pattern_visit(self) -> Visit:
+        run = self._run()
+        return run.ask(run.pattern(self._module, self._path), OUTPUT, f"{self._path}.pattern")
 
     def skip(self, value: Any) -> None:
         """Leave out the module's forward and go on with `value` as its output: `layer.skip(layer.input)`."""

@@ -167,6 +167,16 @@ class Run:
             raise
         self._step_over = visit is None
 
+    def pattern(self, module: torch.nn.Module, path: str) -> torch.nn.Module:
+        """The module that computes the attention pattern of `module`, which the model has still to come to."""
+        owner = self._ears.at(module)  # its end can be asked for while the model is paused inside
+        pattern = self._ears.at_pattern(module, path)
+        visit = self._ears.visits.get(id(pattern))
+        met = visit is not None and visit.forward is self._forward and visit.step == self.step
+        if owner.step == self.step and not met and (not owner.going_on or owner.kind is OUTPUT):
+            self._missed(owner, OUTPUT, f"{path}.pattern", self.at)
+        return pattern
+
     def watch(self, module: torch.nn.Module, watcher: Watcher) -> None:
         """From now on have `watcher` see each call of the module, at its input and at its output, without pausing."""
         visit = self._ears.at(module)

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from .errors import InputError
 from .nested import described, mapped, tensors
@@ -56,6 +56,8 @@ class Scan(Trace):
             return super().__exit__(kind, error, traceback)
         finally:
             self._mode.__exit__(None, None, None)
+            if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+                error.add_note("A scan has shapes and no values, and something here asks for a value.")
 
 
 class Row(NamedTuple):

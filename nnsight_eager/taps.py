@@ -200,6 +200,13 @@ def take_down(taps: Iterable[Tap]) -> None:
                 tap._step_aside()
 
 
+def exchange(module: torch.nn.Module, name: str, value: Any) -> Any:
+    """Put `value` into an attribute of the module itself; what was there, which a second exchange puts back."""
+    before = module.__dict__[name]
+    module.__dict__[name] = value
+    return before
+
+
 def _called_with_hooks(module: torch.nn.Module, frame: FrameType | None) -> bool:
     """Whether this forward was called by `module.__call__`, which runs the hooks; a direct `.forward()` does not."""
     return _module_called(_torch_frame(frame)) is module

@@ -72,6 +72,12 @@ def test_a_wrong_edit_is_found_by_a_scan(model):
     assert any("[1, 4] float32 became [1, 3] float32" in note for note in caught.value.__notes__)
 
 
+def test_asking_a_scan_for_a_value_says_that_it_has_none(model):
+    with pytest.raises(Exception, match="_local_scalar_dense") as caught, model.scan(X4):
+        model.h[0].output.sum().item()
+    assert caught.value.__notes__ == ["A scan has shapes and no values, and something here asks for a value."]
+
+
 def test_a_map_lists_the_modules_in_the_order_they_begin(model):
     found = model.map(X4)
     assert [row.path for row in found.rows] == ["", "h.0", "h.0.lin", "h.1", "h.1.lin", "h.2", "h.2.lin", "head"]
