@@ -5,6 +5,7 @@ with model.trace(torch.randn(1, 4)):
     hidden = model[0].output
 """
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Sequence
@@ -63,6 +64,13 @@ class NNsight(Envoy):
         with self.trace(*inputs, **options) as tracer:
             cache = tracer.cache(modules, **keep)
         return cache
+
+    def session(self) -> contextlib.AbstractContextManager["NNsight"]:
+        """A group of traces, as nnsight has it: `with model.session():`.
+
+        Nothing needs it: a value read in one trace is an ordinary variable in the next.
+        """
+        return contextlib.nullcontext(self)
 
     def scan(self, *args: Any, **kwargs: Any) -> Scan:
         """The forward pass on fake tensors: shapes, types and devices, no values, and no weights needed.

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from nnsight_eager import Envoy, LanguageModel, NNsight, OutOfOrderError, Trace, save, shapes
+from nnsight_eager import Cache, Envoy, LanguageModel, NNsight, OutOfOrderError, Trace, save, shapes
 
 
 def read_and_edit(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -49,3 +49,42 @@ def facts(error: OutOfOrderError) -> tuple[str, str, int]:
 
 def held(trace: Trace) -> Envoy:
     return trace.model
+
+
+def several_prompts(model: LanguageModel) -> None:
+    with model.trace() as tracer:
+        barrier = tracer.barrier(2)
+        with tracer.invoke("The Eiffel Tower is in"):
+            hidden = model.transformer.h[5].hidden
+            barrier()
+        patched = tracer.invoke("The Colosseum is in", lambda: model.lm_head.output)
+        with tracer.invoke():
+            model.transformer.h[5].hidden = hidden
+    patched.result
+    with model.trace(batched=False) as tracer, tracer.invoke("The Eiffel Tower is in"):
+        pass
+
+
+def kept(model: LanguageModel) -> Cache:
+    with model.generate("The Eiffel Tower", max_new_tokens=3) as tracer:
+        cache = tracer.cache(["transformer.h.*", model.lm_head], positions=-1)
+    cache["transformer.h.0"].visits[1].output
+    cache.transformer.h[0].hidden
+    cache.save("cache.safetensors")
+    return Cache.load("cache.safetensors")
+
+
+def edited(model: LanguageModel, vector: torch.Tensor) -> None:
+    with model.edit() as view:
+        model.transformer.h[5].mlp.output *= 0
+    view.trace("The Eiffel Tower").result
+    handle = model.steer(model.transformer.h[5], vector, scale=4, positions=[0, 1])
+    handle.remove()
+    with model.ablate(model.transformer.h[5].mlp, "mean"), model.session():
+        model.clear_edits()
+
+
+def shapes_alone(model: LanguageModel) -> None:
+    with model.scan("The Eiffel Tower"):
+        model.transformer.h[5].attn.pattern.shape
+    model.map("The Eiffel Tower").rows[0].output

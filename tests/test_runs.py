@@ -348,3 +348,13 @@ def test_a_run_that_is_over_keeps_nothing_alive(model):
     del hidden, tracer, result
     gc.collect()
     assert gone() is None
+
+
+def test_a_session_is_plain_python_around_traces(model):
+    with model.session() as session:
+        with model.trace(X4):
+            hidden = model.h[1].output
+        with session.trace(X4 * 2):
+            model.h[1].output = hidden
+            last = model.head.output
+    assert torch.equal(last, model._module(X4))
