@@ -5,8 +5,12 @@ body.resume()                                   # until it waits, or ends
 body.ready()                                    # whether what it waits for is there
 """
 
+import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
+
+import torch
 
 from .batching import Rows
 from .coroutine import Coroutine, current_stack, inside_forward
@@ -45,6 +49,10 @@ class Asker(Protocol):
     """Which rows it sees; `None` for all."""
     beyond: bool
     """Whether it has asked for a step that did not come."""
+    asked: list[torch.nn.Module] | None
+    """What a stored edit has asked for in one step; `None` for anybody else."""
+    reached: int
+    """How many of these the model has come to."""
 
     def wait(self, waits_for: Awaited) -> None:
         """Return when the model has come to this, or will not come to it any more."""
@@ -53,7 +61,7 @@ class Asker(Protocol):
 class Body(Coroutine):
     """One invoke's program, which runs on a stack of its own until it has to wait."""
 
-    __slots__ = ("_refusal", "beyond", "label", "number", "ready", "rows", "waits_for")
+    __slots__ = ("_refusal", "asked", "beyond", "label", "number", "reached", "ready", "rows", "waits_for")
 
     def __init__(self, function: Callable[[], Any], label: str) -> None:
         """It begins with the torch settings in force here, at its first `resume`."""
@@ -61,6 +69,8 @@ class Body(Coroutine):
         self.label = label
         self.number = 0
         self.beyond = False
+        self.asked: list[torch.nn.Module] | None = None
+        self.reached = 0
         self.rows: Rows | None = None
         self.ready: Callable[[], bool] | None = _at_once  # `None`: whoever runs the model tells
         self.waits_for: Awaited | str = ""
@@ -104,6 +114,35 @@ class Body(Coroutine):
 def _at_once() -> bool:
     """What a body waits for that has not begun, or is to be refused."""
     return True
+
+
+class GoesOn(Protocol):
+    """What runs the model."""
+
+    def go_on(self) -> None:
+        """Let the model come to the next point that somebody waits for, and the bodies that wait there go on."""
+
+
+class Caller:
+    """Who asks in place, beside bodies: to wait, it lets them and the model go on."""
+
+    def __init__(self, run: "GoesOn") -> None:
+        """The run is referred to weakly, since it refers to its caller."""
+        self.label = "the block"
+        self.number = sys.maxsize
+        self.rows: Rows | None = None
+        self.asked: list[torch.nn.Module] | None = None
+        self.reached = 0
+        self.beyond = self.arrived = False
+        self._run = weakref.ref(run)
+
+    def wait(self, waits_for: Awaited) -> None:
+        """Return when the model has come to this, or will not come to it any more."""
+        self.arrived = False
+        while not self.arrived:
+            run = self._run()
+            assert run is not None
+            run.go_on()
 
 
 class Barrier:

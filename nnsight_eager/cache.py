@@ -8,6 +8,7 @@
 What is kept is a copy, made where the value is final: after all edits, sliced and converted before it is stored.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from os import PathLike, fspath
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .errors import CacheError
-from .nested import first_tensor, mapped, tensors
+from .errors import CacheError, RowsError
+from .nested import described, first_tensor, mapped, tensors
 from .paths import near, spelled
 from .visits import OUTPUT, Visit
 
@@ -54,7 +55,13 @@ class Keep(NamedTuple):
     def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.positions is not None and tensor.dim() == 3:
             # An index would drop the dimension; a list of one keeps it, as a slice does.
-            tensor = tensor[:, [self.positions] if isinstance(self.positions, int) else self.positions]
+            try:
+                tensor = tensor[:, [self.positions] if isinstance(self.positions, int) else self.positions]
+            except IndexError:
+                raise CacheError(
+                    f"`positions={self.positions}` is not in {described(tensor)}, whose positions are dimension 1.",
+                    "In a generation every step after the first has one position: give `-1`, or a slice.",
+                ) from None
         if self.detach:
             tensor = tensor.detach()
         dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -71,11 +78,18 @@ class Cache:
     def __init__(self, entries: dict[str, list[Entry]] | None = None) -> None:
         self._entries: dict[str, list[Entry]] = {} if entries is None else entries
 
-    def watcher(self, path: str, keep: Keep, part: Callable[[Any, str], Any]) -> Callable[[Visit], None]:
-        """What is called at each visit of the module at `path`; `part` narrows a value to what is to be seen of it."""
+    def watcher(self, path: str, keep: Keep, part: Callable[[Any, str], Any], *, named: bool = True) -> Callable[[Visit], None]:
+        """What is called at each visit of the module at `path`; `part` narrows a value to what is to be seen of it.
+
+        Where nobody has `named` the module, a value in which nothing is to be seen is left out.
+        """
         inputs: list[Any] = []
 
         def watch(visit: Visit) -> None:
+            with contextlib.nullcontext() if named else contextlib.suppress(RowsError):
+                keep_visit(visit)
+
+        def keep_visit(visit: Visit) -> None:
             if visit.kind is not OUTPUT:
                 if keep.inputs:
                     inputs.append(keep.copy(part((visit.args, visit.kwargs), "inputs")))

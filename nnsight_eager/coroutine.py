@@ -334,14 +334,15 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def frames() -> Iterator[FrameType]:
-    """The frames on this stack from the caller's on, then those on the stack that resumed it, to the outermost."""
+def frames() -> Iterator[FrameType | greenlet]:
+    """The frames on this stack from the caller's on, then the stack itself; then the same of what resumed it, and so on."""
     frame: FrameType | None = sys._getframe(1)
     stack: greenlet | None = getcurrent()
     while stack is not None:
         while frame is not None:
             yield frame
             frame = frame.f_back
+        yield stack
         stack = stack.parent
         frame = None if stack is None else stack.gr_frame
 

@@ -11,6 +11,7 @@ threads and asyncio tasks are apart. The context alone would be wrong for genera
 import contextlib
 import weakref
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -69,9 +70,9 @@ def _nearest(root: torch.nn.Module) -> Run:
             "A point was read where no trace of this model is open.",
             "Read it inside `with model.trace(...):`; a value read there stays an ordinary variable afterwards.",
         )
-    for frame in frames() if len(runs) > 1 else ():
+    for place in frames() if len(runs) > 1 else ():
         for run, opened_by in reversed(runs):
-            if (id(frame), id(frame.f_code)) in opened_by:
+            if run.runs_on(place) or (isinstance(place, FrameType) and (id(place), id(place.f_code)) in opened_by):
                 return run
     return runs[-1][0]
 

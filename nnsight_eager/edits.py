@@ -14,12 +14,15 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
+
 from .blocks import Block
 from .bodies import Body
 from .captured import Captured
 from .errors import InvokeError, NotReachedError
 from .names import Names
-from .run import Run
+from .paths import spelled
+from .shared import SharedRun
 
 
 class Edit:
@@ -31,18 +34,31 @@ class Edit:
         self._program = program
         self._remove = remove
 
-    def body(self, run: Run) -> Body:
+    def body(self, run: SharedRun) -> Body:
         """The edit as a body of one run: its program in every step."""
-        return Body(lambda: self._every_step(run), self.label)
+        body = Body(lambda: self._every_step(run, body), self.label)
+        return body
 
-    def _every_step(self, run: Run) -> None:
-        step = 0
+    def _every_step(self, run: SharedRun, body: Body) -> None:
+        step, first = 0, list[torch.nn.Module]()
         while run.to_step(step):
+            body.asked, body.reached = [], 0
             try:
                 self._program()()
-            except NotReachedError:
-                if not step:
-                    raise  # later, a module such as an encoder may not run any more
+            except NotReachedError as error:
+                # An edit of an encoder ends after the first step. One of an encoder and a decoder would go on as half an edit.
+                ends = step > 0 and bool(body.asked) and not body.reached
+                later = run.ran(first, step) if ends else []
+                if ends and not later:
+                    return
+                if later:
+                    error.add_note(f"The edit also asks for `{spelled(later[0])}`, which runs in every step: write two edits.")
+                error.add_note(f"In {self.label}.")
+                raise
+            except Exception as error:
+                error.add_note(f"In {self.label}.")
+                raise
+            first = first or body.asked
             step += 1
 
     def remove(self) -> None:
@@ -72,6 +88,7 @@ class EditBlock(Captured):
 
     def _take(self, block: Block, frame: FrameType) -> None:
         names = Names(block, frame, _never, "an edit")
+        names.leave_frame()
         label = f"edit ({frame.f_code.co_filename}, line {block.code.co_firstlineno})"
         self._add(label, lambda: names.again().run)
 

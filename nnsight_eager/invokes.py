@@ -57,6 +57,10 @@ class Invokes:
         """Raise: there is nothing yet that a point could be read from."""
         raise outside_invokes(f"`{spelled(path, kind)}`")
 
+    def runs_on(self, stack: Any) -> bool:
+        """Nothing runs yet."""
+        return False
+
     def bodies(self) -> list[Body]:
         """The programs, in the order written; a name is looked up in the earlier ones of those that have names."""
         for invoke in self.made:

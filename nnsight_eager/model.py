@@ -14,7 +14,8 @@ from typing import Any, Final
 import torch
 
 from .batching import Given, joined, with_shared
-from .cache import Cache
+from .cache import Cache, Positions
+from .constants import ablate, steer
 from .edits import Edit, EditBlock, label_of
 from .errors import EditError, InputError
 from .paths import spelled
@@ -107,52 +108,30 @@ class NNsight(Envoy):
         handle = edited._store(label_of(function), lambda: function)
         return handle if inplace else edited
 
-    def steer(self, layer: Envoy, vector: torch.Tensor, scale: float = 1.0, positions: Any = None) -> Edit:
+    def steer(self, layer: Envoy, vector: torch.Tensor, scale: float = 1.0, positions: Positions = None) -> Edit:
         """Add `scale * vector` to what a layer gives, in every run from here on: a steering vector.
 
             with model.steer(model.transformer.h[6], vector, scale=4):      # for these traces; or keep the handle
                 model.generate("I think that", max_new_tokens=10).result
 
         `vector` is `[hidden]`, or anything that broadcasts to `[batch, seq, hidden]`. `positions` (an index, a slice or a list)
-        chooses positions of the prompt; without them every position of every step is steered. (Turner et al. 2023, Activation
-        Addition, arXiv:2308.10248.)
+        chooses tokens of each prompt, padding not counted; without them every position of every step is steered. (Turner et al.
+        2023, Activation Addition, arXiv:2308.10248.)
         """
+        return self._store(f"steer `{spelled(layer._path)}`", lambda: lambda: steer(layer, vector, scale, positions))
 
-        def steered(hidden: torch.Tensor) -> torch.Tensor:
-            return hidden + scale * vector.to(hidden)
-
-        return self._change(f"steer `{spelled(layer._path)}`", layer, steered, positions)
-
-    def ablate(self, layer: Envoy, value: Any = 0, positions: Any = None) -> Edit:
+    def ablate(self, layer: Envoy, value: Any = 0, positions: Positions = None) -> Edit:
         """Replace what a module gives by a constant in every run from here on.
 
             handle = model.ablate(model.transformer.h[5].mlp)               # zero ablation
-            handle = model.ablate(model.transformer.h[5].mlp, "mean")       # the mean over the run's batch and positions
+            handle = model.ablate(model.transformer.h[5].mlp, "mean")       # the mean over the batch's tokens
 
-        `value` is a number, `"mean"`, or a tensor that broadcasts to the output, such as a mean over a data set.
+        `value` is a number, `"mean"`, or a tensor that broadcasts to the output, such as a mean over a data set. Positions are
+        those of `steer`.
         """
         if isinstance(value, str) and value != "mean":
             raise EditError(f"`ablate` was given {value!r}.", 'Give a number, a tensor or `"mean"`.')
-
-        def ablated(hidden: torch.Tensor) -> torch.Tensor:
-            if isinstance(value, str):
-                return hidden.mean(dim=tuple(range(hidden.dim() - 1)), keepdim=True).expand_as(hidden)
-            return torch.as_tensor(value).to(hidden).expand_as(hidden)
-
-        return self._change(f"ablate `{spelled(layer._path)}`", layer, ablated, positions)
-
-    def _change(self, label: str, layer: Envoy, change: Callable[[torch.Tensor], torch.Tensor], positions: Any) -> Edit:
-        """A stored edit of what a module gives: at all positions of every step, or at some of the first."""
-
-        def program() -> None:
-            if positions is None:
-                layer.hidden = change(layer.hidden)
-            elif self._tree.run().step == 0:
-                hidden = layer.hidden.clone()
-                hidden[:, positions] = change(hidden)[:, positions]
-                layer.hidden = hidden
-
-        return self._store(label, lambda: program)
+        return self._store(f"ablate `{spelled(layer._path)}`", lambda: lambda: ablate(layer, value, positions))
 
     def _store(self, label: str, program: Callable[[], Callable[[], Any]]) -> Edit:
         """Keep an edit of this model; the handle that takes it away."""

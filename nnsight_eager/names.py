@@ -73,6 +73,11 @@ class Names(dict[str, Any]):
             around, module = self._around, self._module
             self._around = {n: v for n, v in around.items() if n in fixed or module.get(n, around) is not v}
 
+    def leave_frame(self) -> None:
+        """Keep what the body may look up and nothing else of the frame: nothing will be bound there."""
+        self._frame = None
+        self._around = {name: self._around[name] for name in self._needed.intersection(self._around)}
+
     def again(self) -> "Names":
         """The same names with nothing bound, to run the body once more."""
         names = Names.__new__(Names)

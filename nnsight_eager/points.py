@@ -61,6 +61,7 @@ class Points:
     @input.setter
     def input(self, value: Any) -> None:
         visit = self._entering("input")
+        visit.begin_change()
         args, kwargs = visit.args, visit.kwargs
         new = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(self._first(kwargs))): value})
         self._run().replace(visit, new, self._path)
@@ -95,6 +96,7 @@ class Points:
     @hidden.setter
     def hidden(self, value: Any) -> None:
         visit = self._visit(OUTPUT)
+        visit.begin_change()
         if first_tensor(visit.value) is None:
             raise self._no_tensor()
         self._run().replace(visit, with_first_tensor(visit.value, value), self._path)

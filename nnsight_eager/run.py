@@ -167,6 +167,10 @@ class Run:
             raise
         self._step_over = visit is None
 
+    def runs_on(self, stack: Any) -> bool:
+        """Whether `stack` is that of a body of this run; a run without bodies has none."""
+        return False
+
     def pattern(self, module: torch.nn.Module, path: str) -> torch.nn.Module:
         """The module that computes the attention pattern of `module`, which the model has still to come to."""
         owner = self._ears.at(module)  # its end can be asked for while the model is paused inside

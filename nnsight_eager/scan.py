@@ -14,11 +14,11 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
-from .errors import InputError
+from .errors import InputError, PathError, RunError
 from .nested import described, mapped, tensors
-from .paths import spelled
+from .paths import near, spelled
 from .run import Call
 from .trace import Trace
 from .tree import Tree
@@ -38,8 +38,10 @@ class Scan(Trace):
         self._real = call
 
     def __enter__(self) -> "Scan":
-        self._mode = mode = FakeTensorMode(allow_non_fake_inputs=True)
         root = self._tree.root
+        if any(isinstance(each, FakeTensor) for each in root.parameters()) or (self._run is not None and self._run.open):
+            raise RunError("A scan of this model is open already.", "Leave its block before another is begun.")
+        self._mode = mode = FakeTensorMode(allow_non_fake_inputs=True)
         weights = {name: _fake(mode, each) for name, each in (*root.named_parameters(), *root.named_buffers())}
         args, kwargs = mapped((self._real.args, self._real.kwargs), lambda tensor: _fake(mode, tensor))
         self._call = Call("forward", torch.func.functional_call, (root, weights, args, kwargs), {})
@@ -81,7 +83,10 @@ class Map:
 
     def __getitem__(self, path: str) -> Row:
         """The row of one module."""
-        return next(row for row in self.rows if row.path == path)
+        found = next((row for row in self.rows if row.path == path), None)
+        if found is None:
+            raise PathError(f"`{path}` does not run{near(path, (row.path for row in self.rows))}", "`.rows` lists what does.")
+        return found
 
     def __rich__(self) -> Any:
         from rich.table import Table

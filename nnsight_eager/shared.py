@@ -7,14 +7,13 @@ Bodies and model are resumed from the stack that opened the trace, one at a time
 go on has: at one visit the bodies run in the order written, again and again until nobody waits there.
 """
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
 
-from .batching import Rows, factors_in, is_routed
-from .bodies import Asker, Awaited, Body
+from .batching import factors_in, is_routed
+from .bodies import Asker, Awaited, Body, Caller
 from .coroutine import current_stack, inside_forward
 from .ears import Memory
 from .errors import DeadlockError, RunEndedError
@@ -44,17 +43,30 @@ class Share:
     @property
     def args(self) -> tuple[Any, ...]:
         """The whole batch's positional arguments."""
+        self._put_together()
         return self.visit.args
 
     @property
     def kwargs(self) -> dict[str, Any]:
         """The whole batch's keyword arguments."""
+        self._put_together()
         return self.visit.kwargs
 
     @property
     def value(self) -> Any:
         """What the module returns for the whole batch."""
+        self._put_together()
         return self.visit.value
+
+    def _put_together(self) -> None:
+        """Who sees all rows sees what the bodies hold of them, so that what they have read is upstream of it."""
+        if self.has_all_rows:
+            self._run.put_together(self.visit)
+
+    def begin_change(self) -> None:
+        """A new value is about to be built of the one that is here."""
+        self._run.settle(self._body)
+        self._run.put_together(self.visit)
 
     def inputs_unchanged(self) -> bool:
         """Whether the inputs still hold what the module received."""
@@ -70,35 +82,20 @@ class Share:
         return self._body.rows is None or self._body.rows.all
 
 
-class Caller:
-    """Who asks in place, beside bodies: to wait, it lets them and the model go on."""
-
-    def __init__(self, go_on: Callable[[], None]) -> None:
-        """`go_on` lets the model come to the next point that somebody waits for."""
-        self.label = "the block"
-        self.number = sys.maxsize
-        self.rows: Rows | None = None
-        self.beyond = self.arrived = False
-        self._go_on = go_on
-
-    def wait(self, waits_for: Awaited) -> None:
-        """Return when the model has come to this, or will not come to it any more."""
-        while not self.arrived:
-            self._go_on()
-
-
 class Stored(Protocol):
     """A stored edit."""
 
-    def body(self, run: Run) -> Body:
+    def body(self, run: "SharedRun") -> Body:
         """The edit as a body of one run."""
 
 
 class SharedRun(Run):
     """One model call in progress, and the bodies that read and edit it."""
 
-    __slots__ = ("_arguments", "_arrived", "_closing", "_left_early", "_lending", "_paused", "_running", "_stoppable",
-        "_waiting", "bodies")  # fmt: skip
+    __slots__ = (
+        "_arguments", "_arrived", "_caller", "_closing", "_left_early", "_lending", "_paused", "_running", "_stoppable",
+        "_waiting", "bodies",
+    )  # fmt: skip
 
     def __init__(
         self, root: torch.nn.Module, call: Call, memory: Memory, bodies: Sequence[Body], edits: Sequence[Stored] = ()
@@ -109,6 +106,7 @@ class SharedRun(Run):
         for number, body in enumerate(self.bodies):
             body.number = number
         self._arguments = (call.args, call.kwargs)
+        self._caller = Caller(self)
         self._running: Body | None = None
         self._lending = Lending()
         self._waiting = Waiting()  # for the model
@@ -127,6 +125,8 @@ class SharedRun(Run):
             raise RunEndedError("This run is being closed.", "Read points before the block is left.")
         at = self.at
         if at is None or at.module is not module or further or not (at.kind is kind or kind is INPUT):
+            if body.asked is not None:
+                body.asked.append(module)
             visit = self._expected(module, kind, path, further)
             before = None if at is None else Place(at.module, at.kind)
             if kind is OUTPUT:
@@ -139,7 +139,12 @@ class SharedRun(Run):
                     visit.stop_after = visit.stop_before = False
                 self._missed(visit, kind, path, before, further)
             at = visit
+            body.reached += 1
         return Share(at, body, self, path)
+
+    def ran(self, modules: Iterable[torch.nn.Module], step: int) -> list[str]:
+        """The paths of those modules that run in `step`, as far as is known."""
+        return [path_in(self.root, each) for each in modules if self._ears.order.runs(each, step)]
 
     def to_step(self, step: int) -> bool:
         """Pause the body until `step` begins; `False` where the model ends before."""
@@ -159,8 +164,8 @@ class SharedRun(Run):
         """Have the model go on with the body's rows replaced by `value`."""
         at, body = visit.visit, self._asking()
         if not visit.has_all_rows:
-            self._settle(body)
-            self._lending.put_together(at)
+            self.settle(body)
+            self.put_together(at)
             value = self._written(body, held(at), self._lending.replaces(body, value), path)
         super().replace(at, value, path)
 
@@ -176,7 +181,11 @@ class SharedRun(Run):
         self._beyond = self._asking().beyond  # what this body has gone on to, whatever the others have
         super()._missed(visit, kind, path, before, further)
 
-    def _settle(self, body: Asker) -> None:
+    def put_together(self, visit: Visit) -> None:
+        """Have the visit hold what the bodies hold of it."""
+        self._lending.put_together(visit)
+
+    def settle(self, body: Asker) -> None:
         """Make the model's what the body has exchanged in the containers it was given."""
         at = self.at
         if at is not None:
@@ -205,6 +214,10 @@ class SharedRun(Run):
         factors = None if is_routed(path) else self.factors
         return lambda whole, kind: rows.seen(whole, factors, lambda: spelled(path, kind))
 
+    def runs_on(self, stack: Any) -> bool:
+        """Whether `stack` is that of the body which is running."""
+        return self._running is not None and self._running.stack is stack
+
     def running(self) -> Body | None:
         """The body that calls this, if one does."""
         body = self._running
@@ -217,9 +230,9 @@ class SharedRun(Run):
             return body
         if body is not None or current_stack() is self._stack:
             raise inside_forward()
-        return Caller(self._go_on)
+        return self._caller
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
         """Let the model come to the next point that somebody waits for, and the bodies that wait there go on."""
         self._serve()
         self._advance()
@@ -227,9 +240,15 @@ class SharedRun(Run):
 
     def factors(self, total: int) -> set[int]:
         """By what the rows may be multiplied in this step: told by the arguments of the root's call."""
+        return factors_in(self.arguments, total)
+
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the root is called with in this step; before its call, what the run was."""
         visit = self._ears.visits.get(id(self.root))
-        going_on = visit is not None and visit.forward is self._forward and visit.going_on
-        return factors_in((visit.args, visit.kwargs) if going_on and visit is not None else self._arguments, total)
+        if visit is not None and visit.forward is self._forward and visit.going_on:
+            return visit.args, visit.kwargs
+        return self._arguments
 
     # Going on, on the stack that opened the trace
 
@@ -301,7 +320,7 @@ class SharedRun(Run):
             body.resume()
             if not (body.finished or body.wants_model):
                 self._paused.append(body)
-            self._settle(body)
+            self.settle(body)
         except Stop as stop:
             if stop.run is not self:
                 raise

@@ -104,6 +104,9 @@ class Trace:
         if error is None:
             try:
                 run.finish()
+            except BaseException as raised:
+                raised.__traceback__ = without_our_frames(raised.__traceback__)
+                raise
             finally:
                 leave(run)
                 run.close()
@@ -170,7 +173,8 @@ class Trace:
             cache.transformer.h[0].mlp.output
 
         `modules` are envoys or paths, `*` standing for any one name; all modules where it is `None`. `positions` (an index, a
-        slice or a list) chooses from dimension 1 of every `[batch, seq, ...]` tensor of three dimensions before it is stored.
+        slice or a list) chooses from dimension 1 of every `[batch, seq, ...]` tensor of three dimensions before it is stored;
+        in a padded batch they count padding, so count from the end where it is on the left.
         In an invoke the cache keeps the invoke's rows. Raises `PathError` for a path that names no module.
         """
         cache, keep = Cache(), Keep(device, dtype, detach, include_output, include_inputs, positions)
@@ -178,7 +182,7 @@ class Trace:
 
         def watch(run: Run) -> None:
             for path, module in chosen.items():
-                run.watch(module, cache.watcher(path, keep, run.view(path)))
+                run.watch(module, cache.watcher(path, keep, run.view(path), named=modules is not None))
 
         if self._run is None and self._invokes is not None:
             self._invokes.at_begin.append(watch)

@@ -196,6 +196,9 @@ class Visit(Tap):
         """What the one who asks sees of a value of this visit: all of it."""
         return whole
 
+    def begin_change(self) -> None:
+        """A new value is about to be built of the one that is here."""
+
     def inputs_unchanged(self) -> bool:
         """Whether the inputs still hold what the module received, told by the tensors' version counters."""
         return self.kind is INPUT or (self.versions is not None and self.versions == versions(self.args, self.kwargs))

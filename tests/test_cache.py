@@ -164,3 +164,9 @@ def test_a_cache_neither_pauses_the_model_nor_stays_behind(model):
     after = [dict(each.__dict__) for each in model._module.modules()]
     assert [list(each) for each in after] == [list(each) for each in before]
     assert all(visit.watchers == () for visit in model._tree.memory.visits.values())
+
+
+def test_a_position_that_is_not_there_is_a_sentence(gpt2):
+    with pytest.raises(CacheError) as caught, gpt2.generate("The Eiffel", max_new_tokens=3) as tracer:
+        tracer.cache("transformer.h.0", positions=1)
+    assert str(caught.value).splitlines()[0] == "`positions=1` is not in [1, 1, 32] float32, whose positions are dimension 1."

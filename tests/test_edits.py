@@ -1,5 +1,7 @@
 """Edits that stay: every step of every run, in order, before invokes and the code of the trace."""
 
+import weakref
+
 import pytest
 import torch
 from left_behind import frames_on_other_stacks
@@ -252,3 +254,99 @@ def test_a_model_that_is_not_loaded_yet_shares_its_weights_with_its_edited_view(
         model.transformer.h[1].mlp.output *= 0
     assert edited._module is model._module
     assert not torch.equal(edited.trace("The").result.logits, model.trace("The").result.logits)
+
+
+def test_an_edit_belongs_to_its_own_run_whatever_other_runs_are_open(model):
+    edited = model.edit(lambda: setattr(model.h[1], "output", model.h[1].output * 2))
+    plain, changed = model._module(X4), with_hook(model, X4, ("h.1", double))
+    with edited.trace(X4) as one, model.trace(X4) as two:
+        one.model.h[2].output
+    assert torch.equal(one.result, changed)
+    assert torch.equal(two.result, plain)
+    with edited.trace(X4) as outer:
+        with model.trace(X4) as inner:
+            model.h[0].output
+        last = outer.model.head.output
+    assert torch.equal(last, changed)
+    assert torch.equal(inner.result, plain)
+
+
+def test_an_edit_of_an_encoder_ends_after_the_first_step(folder):
+    model = LanguageModel(folder("t5"))
+    with model.edit(lambda: model.encoder.block[0].hidden.mul_(1)).generate("The Eiffel Tower", max_new_tokens=3) as tracer:
+        steps = list(tracer.iter[:])
+    assert steps == [0, 1, 2]
+
+
+def test_an_edit_of_an_encoder_and_a_decoder_is_refused_when_the_encoder_no_longer_runs(folder):
+    model = LanguageModel(folder("t5"))
+
+    def both():
+        model.encoder.block[0].hidden.mul_(1)
+        model.decoder.block[1].hidden.mul_(0)
+
+    edited = model.edit(both)
+    for _ in range(2):
+        with pytest.raises(NotReachedError) as caught:
+            edited.generate("The Eiffel Tower", min_new_tokens=3, max_new_tokens=3).result
+        assert caught.value.__notes__[0].endswith("which runs in every step: write two edits.")
+
+
+def test_positions_and_means_count_tokens_and_no_padding(gpt2):
+    short, long, vector = "The", "The Eiffel Tower is in the city of", torch.randn(32)
+    for change in (
+        lambda: gpt2.steer(gpt2.transformer.h[0], vector, positions=0),
+        lambda: gpt2.steer(gpt2.transformer.h[0], vector, positions=slice(0, 1)),
+    ):
+        with change(), gpt2.trace() as tracer:
+            beside = tracer.invoke(short, lambda: gpt2.lm_head.output[0, -1])
+            tracer.invoke(long, lambda: None)
+        with change():
+            alone = gpt2.trace(short).result.logits[0, -1]
+        assert torch.allclose(beside.result, alone, atol=1e-5)
+    with gpt2.ablate(gpt2.transformer.h[0].mlp, "mean"), gpt2.trace([short, short + short]) as tracer:
+        mean = gpt2.transformer.h[0].mlp.output[0, -1]
+    with gpt2.trace([short, short + short]) as tracer:
+        whole = gpt2.transformer.h[0].mlp.output
+    ids = gpt2.tokenizer([short, short + short])["input_ids"]
+    tokens = torch.cat([row[-len(each) :] for row, each in zip(whole, ids, strict=True)])
+    assert torch.allclose(mean, tokens.mean(0), atol=1e-6)
+
+
+def test_a_position_that_no_prompt_has_is_a_sentence_at_the_trace(gpt2):
+    gpt2.steer(gpt2.transformer.h[0], torch.randn(32), positions=50)
+    with pytest.raises(EditError, match=r"`positions=50` is not in a prompt of") as caught, gpt2.trace("The Eiffel"):
+        gpt2.lm_head.output
+    assert caught.value.__notes__ == ["In steer `model.transformer.h[0]`."]
+
+
+def test_what_was_ablated_can_be_changed_in_place(model):
+    with model.ablate(model.h[1].lin), model.trace(B):
+        model.h[1].lin.output[0] = 1
+        seen = model.h[1].lin.output.clone()
+    assert seen.tolist() == [[1.0] * 4, [0.0] * 4]
+
+
+def test_an_edit_changes_no_error(model):
+    messages = []
+    for each in (model, model.edit(lambda: model.h[0].output)):
+        with pytest.raises(NotReachedError) as caught, each.trace(X4, fn="generate") as tracer:
+            for _ in range(4):
+                tracer.next()
+            each.h[0].output
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_a_stored_block_keeps_nothing_of_its_frame_but_what_it_needs(model):
+    class Large:
+        pass
+
+    def make():
+        large, factor = Large(), 2
+        with model.edit(inplace=True):
+            model.h[0].output *= factor
+        return weakref.ref(large)
+
+    assert make()() is None
+    assert torch.equal(model.trace(X4).result, with_hook(model, X4, ("h.0", double)))

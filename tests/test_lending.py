@@ -316,3 +316,57 @@ def test_one_after_another_a_stopped_invoke_has_no_result_and_keeps_its_place(mo
             pass
     assert tracer.result[0] is None
     assert torch.equal(tracer.result[1], model._module(B))
+
+
+class Tupled(torch.nn.Module):
+    """A layer that gives a tuple, and a layer behind it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.pair = Pair()
+
+    def forward(self, x):
+        hidden, more = self.pair(self.first(x))
+        return self.second(hidden) + more["aux"]
+
+
+class Pair(torch.nn.Module):
+    def forward(self, x):
+        return x * 1, {"aux": x * 2, "n": None}
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_the_hidden_states_of_a_tuple_are_replaced_beside_other_reads(exchanged):
+    model = NNsight(Tupled())
+
+    def replace():
+        if exchanged:
+            model.pair.output[1]["aux"] = torch.zeros(2, 4)
+        model.pair.hidden = model.pair.hidden * 2
+
+    with model.trace() as tracer:
+        tracer.invoke(A, lambda: model.pair.output)
+        tracer.invoke(B, replace)
+    module = model._module
+    hidden = module.first(B)
+    changed = module.second(hidden * 2) + (0 if exchanged else hidden * 2)
+    assert torch.allclose(tracer.result, torch.cat((module(A), changed)))
+
+
+def test_rows_that_were_read_are_upstream_of_what_an_invoke_with_all_rows_makes_of_them():
+    model = NNsight(Tupled())
+
+    def read():
+        hidden = model.pair.hidden
+        hidden.retain_grad()
+        model.output.sum().backward()
+        return hidden.grad
+
+    with model.trace() as tracer:
+        invoke = tracer.invoke(A, read)
+        tracer.invoke(B, nothing)
+        tracer.invoke(lambda: setattr(model.pair, "hidden", model.pair.hidden * 3))
+    expected = torch.ones(1, 4) @ model._module.second.weight * 3
+    assert torch.allclose(invoke.result, expected)

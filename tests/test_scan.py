@@ -6,7 +6,7 @@ from left_behind import everything
 from small_models import X4, Stack
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nnsight_eager import InputError, LanguageModel, NNsight
+from nnsight_eager import InputError, LanguageModel, NNsight, PathError, RunError
 from nnsight_eager.nested import tensors
 
 PROMPT = "The Eiffel Tower is in"
@@ -104,3 +104,25 @@ def test_a_scan_of_another_method_is_refused(model):
 
     with pytest.raises(InputError, match="A scan runs the forward pass"):
         Scan(model._tree, model._call("generate", (X4,), {}))
+
+
+def test_a_second_scan_is_refused_while_one_is_open_and_nothing_stays_fake(model):
+    def scanning():
+        with model.scan(X4):
+            yield model.h[0].output.shape
+
+    first, second = scanning(), scanning()
+    next(first)
+    with pytest.raises(RunError, match="open already"):
+        next(second)
+    first.close()
+    scan = model.scan(X4)
+    with scan, pytest.raises(RunError, match="open already"):
+        scan.__enter__()
+    assert not any(isinstance(each, FakeTensor) for each in model._module.parameters())
+    assert not isinstance(torch.ones(1), FakeTensor)
+
+
+def test_a_map_has_no_row_for_what_does_not_run(model):
+    with pytest.raises(PathError, match="`unused` does not run"):
+        model.map(X4)["unused"]

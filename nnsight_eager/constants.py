@@ -1,0 +1,71 @@
+"""What a layer gives moved by a constant, or replaced by one: the programs of steering and ablation.
+
+    steer(model.transformer.h[6], vector, scale=4.0, positions=None)      # in a body of a run
+
+Positions are those of the prompts' tokens: padding, which the attention mask of the step's call tells, is not counted.
+"""
+
+from typing import Any
+
+import torch
+
+from .cache import Positions
+from .errors import EditError
+from .nested import described
+from .shared import SharedRun
+from .tree import Envoy
+
+
+def steer(layer: Envoy, vector: torch.Tensor, scale: float, positions: Positions) -> None:
+    """Add `scale * vector` to the first tensor of the layer's output."""
+    _change(layer, lambda hidden, real: hidden + scale * vector.to(hidden), positions)
+
+
+def ablate(layer: Envoy, value: Any, positions: Positions) -> None:
+    """Put a number, a tensor or the mean over all tokens in the place of the layer's output."""
+
+    def constant(hidden: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(value, str):
+            tokens = hidden[real] if real is not None else hidden.flatten(0, -2)
+            return tokens.mean(0).expand_as(hidden).clone()
+        return torch.as_tensor(value).to(hidden).expand_as(hidden).clone()
+
+    _change(layer, constant, positions)
+
+
+def _change(layer: Envoy, change: Any, positions: Positions) -> None:
+    """Change the output at all positions of every step, or at some of the first step's."""
+    run = layer._run()
+    assert isinstance(run, SharedRun)
+    if positions is not None and run.step:
+        return
+    hidden = layer.hidden
+    real = _real_tokens(run, hidden)
+    changed = change(hidden, real)
+    if positions is not None:
+        chosen = _chosen(hidden, real, positions)
+        changed = torch.where(chosen[..., None], changed, hidden)
+    layer.hidden = changed
+
+
+def _real_tokens(run: SharedRun, hidden: torch.Tensor) -> torch.Tensor | None:
+    """Which places of `[batch, seq]` hold a token and no padding; `None` where all do, as far as the call tells."""
+    mask = run.arguments[1].get("attention_mask")
+    fits = isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape == hidden.shape[:2]
+    return mask.bool() if fits else None  # type: ignore[union-attr]
+
+
+def _chosen(hidden: torch.Tensor, real: torch.Tensor | None, positions: Positions) -> torch.Tensor:
+    """The chosen places as a mask `[batch, seq]`."""
+    rows = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if real is None else real
+    chosen = torch.zeros_like(rows)
+    for row, tokens in enumerate(rows):
+        places = tokens.nonzero().flatten()
+        try:
+            chosen[row, places[positions]] = True
+        except IndexError:
+            raise EditError(
+                f"`positions={positions}` is not in a prompt of {len(places)} tokens ({described(hidden)}).",
+                "Give positions that every prompt has, or negative ones, which count from its end.",
+            ) from None
+    return chosen
