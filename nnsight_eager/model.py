@@ -8,6 +8,7 @@ with model.trace(torch.randn(1, 4)):
 import contextlib
 import copy
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -38,6 +39,7 @@ class NNsight(Envoy):
                 "Pass the module itself; `LanguageModel` also takes a model's name or folder.",
             )
         super().__init__(module, "", Tree(module))
+        self._tree.model = weakref.ref(self)
 
     def trace(self, *args: Any, fn: str | Callable[..., Any] | None = None, batched: bool = True, **kwargs: Any) -> Trace:
         """Run the model on the arguments with its insides open.
@@ -148,6 +150,7 @@ class NNsight(Envoy):
         view = copy.copy(self)
         view._children = {}
         view._tree = Tree(self._module, memory=self._tree.memory)
+        view._tree.model = weakref.ref(view)
         view._tree.edits = [*self._tree.edits]
         return view
 

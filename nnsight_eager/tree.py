@@ -5,7 +5,7 @@ layer.mlp.output                    # a point of its child
 layer.ln_1.weight                   # anything else is the module's own
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,13 +29,14 @@ def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
 class Tree:
     """What all envoys of one model share: its root, what its runs remember, and the run they are bound to, if any."""
 
-    __slots__ = ("bound_to", "edits", "memory", "root")
+    __slots__ = ("bound_to", "edits", "memory", "model", "root")
 
     def __init__(self, root: torch.nn.Module, bound_to: Run | None = None, memory: Memory | None = None) -> None:
         self.root = root
         self.bound_to = bound_to
         self.memory = Memory() if memory is None else memory
         self.edits: list[Any] = []  # what every run begins with
+        self.model: Callable[[], Any] = _nothing  # the root envoy, weakly, since it holds its tree
 
     def run(self) -> Run:
         """The run that points of this tree belong to."""
@@ -44,6 +45,10 @@ class Tree:
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy is another model: no run is open in it, and what was learned speaks of other modules.
         return Tree, (self.root,)
+
+
+def _nothing() -> None:
+    """A tree of one run, which stores nothing."""
 
 
 class Envoy(Points):
@@ -85,6 +90,13 @@ class Envoy(Points):
         visit: keep it in a variable to read and then replace.
         """
         return NextEnvoy(self._module, self._path, self._tree)
+
+    def edit(self, function: Callable[[], Any] | None = None, *, inplace: bool = False) -> Any:
+        """`NNsight.edit` of the model that this is a part of: `with model.transformer.h[5].edit(inplace=True):`."""
+        model = self._tree.model()
+        if model is None:
+            raise EditError(f"`{spelled(self._path)}` is not reached through its model here.", "Write `model.edit(...)`.")
+        return model.edit(function, inplace=inplace)
 
     def _point_at(self, module: torch.nn.Module) -> None:
         """Stand for `module` from now on, and let every envoy below stand for the module of its own path in it."""

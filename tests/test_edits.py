@@ -350,3 +350,16 @@ def test_a_stored_block_keeps_nothing_of_its_frame_but_what_it_needs(model):
 
     assert make()() is None
     assert torch.equal(model.trace(X4).result, with_hook(model, X4, ("h.0", double)))
+
+
+def test_an_edit_on_a_child_is_an_edit_of_its_model(model):
+    with model.h[1].edit(inplace=True):
+        model.h[1].output *= 2
+    assert torch.equal(model.trace(X4).result, with_hook(model, X4, ("h.1", double)))
+    edited = model.h[0].lin.edit(lambda: model.h[1].output.add_(1))
+    assert torch.equal(edited.trace(X4).result, with_hook(model, X4, ("h.1", lambda output: output * 2 + 1)))
+
+
+def test_a_trees_part_without_its_model_sends_the_reader_there(model):
+    with pytest.raises(EditError, match="not reached through its model"), model.trace(X4) as tracer:
+        tracer.model.h[1].edit(lambda: None)
