@@ -10,13 +10,12 @@ later.names.run()
 """
 
 import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from .blocks import ENTERED, Block, Statement, find
 from .errors import InvokeError
-from .names import Names, end
+from .names import Names, alone, end
 from .skipping import Skipping
 
 
@@ -48,7 +47,7 @@ class Captured:
                 "Something else traces this code; write the block as a function.",
             )
         if target is not None:  # its own instructions were left out with the body
-            names = Names(target, frame, _never, "target")
+            names = Names(target, frame, alone, "target")
             names.bound[ENTERED] = self._entered()
             names.run()
             end([names])
@@ -68,7 +67,3 @@ class Captured:
     def _take(self, block: Block, frame: FrameType) -> None:
         """Keep the block, which was met in `frame`."""
         raise NotImplementedError
-
-
-def _never(ready: Callable[[], bool], waits_for: str) -> None:
-    """A target is stored at once: no other body has begun."""

@@ -20,7 +20,7 @@ from .blocks import Block
 from .bodies import Body
 from .captured import Captured
 from .errors import InvokeError, NotReachedError
-from .names import Names
+from .names import Names, alone
 from .paths import spelled
 from .shared import SharedRun
 
@@ -87,7 +87,7 @@ class EditBlock(Captured):
         return self._model
 
     def _take(self, block: Block, frame: FrameType) -> None:
-        names = Names(block, frame, _never, "an edit")
+        names = Names(block, frame, alone, "an edit")
         names.leave_frame()
         label = f"edit ({frame.f_code.co_filename}, line {block.code.co_firstlineno})"
         self._add(label, lambda: names.again().run)
@@ -102,7 +102,3 @@ def label_of(function: Callable[[], Any]) -> str:
     code = getattr(function, "__code__", None)
     where = f" ({code.co_filename}, line {code.co_firstlineno})" if code is not None else ""
     return f"edit `{getattr(function, '__qualname__', repr(function))}`{where}"
-
-
-def _never(ready: Callable[[], bool], waits_for: str) -> None:
-    """An edit stands alone: there is no earlier body to wait for."""

@@ -135,7 +135,7 @@ class Names(dict[str, Any]):
         for name in self._needed.intersection(self._binders) - {*self._around, *self.bound}:
             with contextlib.suppress(KeyError):  # a function made here may still look it up
                 self._around[name] = self[name]
-        self._frame, self._binders, self._wait, self.frame = None, {}, _never, _nowhere
+        self._frame, self._binders, self._wait, self.frame = None, {}, alone, _nowhere
         kept = frozenset[str]() if at_module else self._block.inner
         for name in self._block.stores - kept:
             self.bound.pop(name, None)
@@ -197,5 +197,5 @@ def _nowhere() -> None:
     """A body that is not paused."""
 
 
-def _never(ready: Callable[[], bool], waits_for: str) -> None:
-    """No earlier body is left to wait for."""
+def alone(ready: Callable[[], bool], waits_for: str) -> None:
+    """What a body waits with that stands alone: there is no earlier one to wait for."""
