@@ -95,9 +95,9 @@ def _found_in(code: CodeType) -> dict[int, Statement]:
 def refused(reason: str) -> InvokeError:
     """The error for a block that cannot be taken; it names the forms that need no source."""
     return InvokeError(
-        f"The block of this `tracer.invoke(...)` cannot be run in the shared forward pass: {reason}.",
-        "Write it as a function, `@tracer.invoke(...)` above `def body():`, or give every invoke a forward pass of its own "
-        "with `model.trace(batched=False)`.",
+        f"This block cannot be run in the model's forward pass: {reason}.",
+        "Write it as a function (`tracer.invoke(prompt, function)`, `model.edit(function)`), or give every invoke a pass of "
+        "its own with `model.trace(batched=False)`.",
     )
 
 

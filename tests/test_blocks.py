@@ -479,13 +479,13 @@ def test_super_and_private_names_mean_what_they_mean_in_the_method():
 # What cannot be run later
 
 INSTEAD = (
-    "\nWrite it as a function, `@tracer.invoke(...)` above `def body():`, or give every invoke a forward pass of its own "
-    "with `model.trace(batched=False)`."
+    "\nWrite it as a function (`tracer.invoke(prompt, function)`, `model.edit(function)`), or give every invoke a pass of "
+    "its own with `model.trace(batched=False)`."
 )
 
 
 def sentence(reason):
-    return f"The block of this `tracer.invoke(...)` cannot be run in the shared forward pass: {reason}.{INSTEAD}"
+    return f"This block cannot be run in the model's forward pass: {reason}.{INSTEAD}"
 
 
 def refusal(text, events):

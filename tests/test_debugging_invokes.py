@@ -396,10 +396,10 @@ def test_in_ipython_as_a_process_of_its_own(tmp_path):
 
 
 REFUSED = (
-    "nnsight_eager.errors.InvokeError: The block of this `tracer.invoke(...)` cannot be run in the shared forward pass: "
+    "nnsight_eager.errors.InvokeError: This block cannot be run in the model's forward pass: "
     "there is no source to be had for '<stdin>'.\n"
-    "Write it as a function, `@tracer.invoke(...)` above `def body():`, or give every invoke a forward pass of its own with "
-    "`model.trace(batched=False)`.\n"
+    "Write it as a function (`tracer.invoke(prompt, function)`, `model.edit(function)`), or give every invoke a pass of "
+    "its own with `model.trace(batched=False)`.\n"
 )
 
 
@@ -426,5 +426,5 @@ def test_without_source_positions_a_block_is_refused(tmp_path):
     caught += "except Exception as error:\n    print(error)\n"
     script.write_text(BEGIN + caught + IN_A_FUNCTION + "print('right:', right)\n")
     printed = run_python("-X", "no_debug_ranges", script)
-    assert "shared forward pass: Python runs without source positions (`-X no_debug_ranges`).\n" in printed
+    assert "model's forward pass: Python runs without source positions (`-X no_debug_ranges`).\n" in printed
     assert "right: True" in printed

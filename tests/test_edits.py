@@ -363,3 +363,16 @@ def test_an_edit_on_a_child_is_an_edit_of_its_model(model):
 def test_a_trees_part_without_its_model_sends_the_reader_there(model):
     with pytest.raises(EditError, match="not reached through its model"), model.trace(X4) as tracer:
         tracer.model.h[1].edit(lambda: None)
+
+
+def test_a_block_that_cannot_run_elsewhere_is_refused_in_words_that_fit_an_edit(model):
+    def leave():
+        with model.edit():
+            return 1
+
+    with pytest.raises(InvokeError) as caught:
+        leave()
+    assert str(caught.value).splitlines()[0] == (
+        "This block cannot be run in the model's forward pass: it contains `return`, which would leave the code around it."
+    )
+    assert "`model.edit(function)`" in str(caught.value)

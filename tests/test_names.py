@@ -489,7 +489,7 @@ def test_deleting_a_variable_of_a_function_works_or_is_refused():
         with pytest.raises(InvokeError) as raised:
             f()
         assert str(raised.value).splitlines()[0] == (
-            "The block of this `tracer.invoke(...)` cannot be run in the shared forward pass: "
+            "This block cannot be run in the model's forward pass: "
             "it deletes `x`, and from 3.12 on Python cannot delete a function's variable from outside."
         )
 
