@@ -45,17 +45,14 @@ class Edit:
             body.asked, body.reached = [], 0
             try:
                 self._program()()
-            except NotReachedError as error:
+            except Exception as error:
                 # An edit of an encoder ends after the first step. One of an encoder and a decoder would go on as half an edit.
-                ends = step > 0 and bool(body.asked) and not body.reached
+                ends = isinstance(error, NotReachedError) and step > 0 and bool(body.asked) and not body.reached
                 later = run.ran(first, step) if ends else []
                 if ends and not later:
                     return
                 if later:
                     error.add_note(f"The edit also asks for `{spelled(later[0])}`, which runs in every step: write two edits.")
-                error.add_note(f"In {self.label}.")
-                raise
-            except Exception as error:
                 error.add_note(f"In {self.label}.")
                 raise
             first = first or body.asked

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from .batching import factors_in, is_routed
+from .batching import Factors, factors_in, is_routed
 from .bodies import Asker, Awaited, Body, Caller
 from .coroutine import current_stack, inside_forward
 from .ears import Memory
@@ -174,8 +174,7 @@ class SharedRun(Run):
         rows = body.rows
         if rows is None or rows.all:
             return whole
-        factors = None if is_routed(path) else self.factors
-        return self._lending.lend(visit, body, rows, whole, factors, lambda: spelled(path, kind))
+        return self._lending.lend(visit, body, rows, whole, self._factors_at(path), lambda: spelled(path, kind))
 
     def _missed(self, visit: Visit, kind: Kind, path: str, before: Visit | Place | None, further: bool = False) -> NoReturn:
         self._beyond = self._asking().beyond  # what this body has gone on to, whatever the others have
@@ -195,8 +194,7 @@ class SharedRun(Run):
         """`whole` with the body's rows replaced by `part`."""
         rows, at = body.rows, self.at
         assert at is not None
-        factors = None if is_routed(path) else self.factors
-        return part if rows is None else rows.written(whole, part, factors, lambda: spelled(path, at.kind))
+        return part if rows is None else rows.written(whole, part, self._factors_at(path), lambda: spelled(path, at.kind))
 
     def skip(self, visit: Any, value: Any, path: str) -> None:
         """Go on with `value` as the module's output; the module still runs where it has other bodies' rows to compute."""
@@ -211,7 +209,7 @@ class SharedRun(Run):
         rows = body.rows if body is not None else None
         if rows is None:
             return super().view(path)
-        factors = None if is_routed(path) else self.factors
+        factors = self._factors_at(path)
         return lambda whole, kind: rows.seen(whole, factors, lambda: spelled(path, kind))
 
     def runs_on(self, stack: Any) -> bool:
@@ -225,10 +223,10 @@ class SharedRun(Run):
 
     def _asking(self) -> Asker:
         """Whoever this is called by: a body, or the code of the trace."""
-        body = self._running
-        if body is not None and current_stack() is body.stack:
+        body = self.running()
+        if body is not None:
             return body
-        if body is not None or current_stack() is self._stack:
+        if self._running is not None or current_stack() is self._stack:
             raise inside_forward()
         return self._caller
 
@@ -238,9 +236,9 @@ class SharedRun(Run):
         self._advance()
         self._serve()
 
-    def factors(self, total: int) -> set[int]:
-        """By what the rows may be multiplied in this step: told by the arguments of the root's call."""
-        return factors_in(self.arguments, total)
+    def _factors_at(self, path: str) -> Factors:
+        """By what the rows may be multiplied at `path` in this step: told by the arguments of the root's call."""
+        return None if is_routed(path) else lambda total: factors_in(self.arguments, total)
 
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
