@@ -34,6 +34,7 @@ from .errors import (
     RowsError as RowsError,
     RunEndedError as RunEndedError,
     RunError as RunError,
+    SourceError as SourceError,
     StepError as StepError,
     TokenizerMissingError as TokenizerMissingError,
     WrongThreadError as WrongThreadError,

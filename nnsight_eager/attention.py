@@ -11,12 +11,13 @@ small module of their own, so that they are a module's output like any other: li
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Hashable
 from typing import Any, Final
 
 import torch
 
 from .errors import NotReachedError
+from .inside import Part
 from .paths import spelled
 from .taps import exchange
 
@@ -26,14 +27,23 @@ NAME: Final = "nnsight_eager"
 _lock: Final = threading.Lock()
 
 
-class AttentionPattern(torch.nn.Module):
+class AttentionPattern(Part):
     """Gives the probabilities `[batch, head, query, key]` of an attention."""
 
-    def __init__(self, implementation: str) -> None:
-        super().__init__()
+    def __init__(self, owner: torch.nn.Module, path: str, implementation: str) -> None:
+        super().__init__(owner, path)
         self.implementation = implementation  # what the model runs otherwise
         self.users = 0
         self.configured: Any = None  # the attention module's own configuration
+
+    @property
+    def key(self) -> Hashable:
+        """One pattern is computed at a time."""
+        return id(self)
+
+    def begin(self, stack: Any) -> "Explicit":
+        """Have the owner's attention computed by `explicit_attention`."""
+        return Explicit(self)
 
     def forward(
         self,
@@ -114,8 +124,45 @@ def _mask(
     return allowed[None, None] if padding is None else allowed & padding
 
 
-def pattern_of(module: torch.nn.Module, known: dict[int, AttentionPattern], path: str) -> AttentionPattern:
-    """The module that computes the pattern of an attention module, one for all runs of a model; refused for any other."""
+class Explicit:
+    """One run's use of a pattern: while any run has one, the module's attention is computed the explicit way."""
+
+    def __init__(self, pattern: AttentionPattern) -> None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        ALL_ATTENTION_FUNCTIONS.register(NAME, explicit_attention)
+        self._pattern = pattern
+        with _lock:
+            pattern.users += 1
+            if pattern.users == 1:
+                config = copy.copy(pattern.owner.config)
+                # Not through the property, which would set the parts of a composed configuration too.
+                vars(config).update(_attn_implementation_internal=NAME, nnsight_eager_pattern=pattern)
+                pattern.configured = exchange(pattern.owner, "config", config)
+
+    def hear(self, part: Part, ear: Any) -> None:
+        """The pattern is a module that is called like any other, so its ear hears by itself."""
+
+    def passed(self, part: Part, begun: bool, further: bool) -> bool:
+        """The configuration is read when the forward comes to its attention, so it is not too late before that."""
+        return False
+
+    def came_by(self, part: Part) -> bool:
+        """Each call of the module computes its attention."""
+        return True
+
+    def end(self) -> None:
+        """Give the module its configuration back, where no other run uses the pattern."""
+        pattern = self._pattern
+        with _lock:
+            pattern.users -= 1
+            if not pattern.users:
+                exchange(pattern.owner, "config", pattern.configured)
+                pattern.configured = None
+
+
+def pattern_of(module: torch.nn.Module, path: str) -> AttentionPattern:
+    """The module that computes the pattern of an attention module; refused for any other."""
     configured = getattr(module, "config", None)
     implementation = getattr(configured, "_attn_implementation", None)
     if implementation is None or not _uses_the_interface(module):
@@ -126,32 +173,7 @@ def pattern_of(module: torch.nn.Module, known: dict[int, AttentionPattern], path
             "module returns.",
             asked=f"{spelled(path)}.pattern",
         )
-    if id(module) not in known:
-        known[id(module)] = AttentionPattern(implementation)
-    return known[id(module)]
-
-
-def compute_pattern(module: torch.nn.Module, pattern: AttentionPattern) -> Callable[[], None]:
-    """From here on have the module's attention computed by `explicit_attention`; what is returned ends that."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(NAME, explicit_attention)
-    with _lock:
-        pattern.users += 1
-        if pattern.users == 1:
-            config = copy.copy(module.config)
-            # Not through the property, which would set the parts of a composed configuration too.
-            vars(config).update(_attn_implementation_internal=NAME, nnsight_eager_pattern=pattern)
-            pattern.configured = exchange(module, "config", config)
-
-    def end() -> None:
-        with _lock:
-            pattern.users -= 1
-            if not pattern.users:
-                exchange(module, "config", pattern.configured)
-                pattern.configured = None
-
-    return end
+    return AttentionPattern(module, f"{path}.pattern", implementation)
 
 
 def _uses_the_interface(module: torch.nn.Module) -> bool:

@@ -9,13 +9,10 @@ running code (a file edited since), nothing is guessed: the block is refused.
 
 import ast
 import dis
-import functools
 import inspect
-import linecache
-import weakref
 from collections.abc import Iterator
 from types import CodeType, FrameType
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from .errors import InvokeError
 from .rewriting import (
@@ -31,16 +28,13 @@ from .rewriting import (
     only_in_comprehensions,
     without_asserts,
 )
+from .texts import Known, facts, parsed, text_of
 
 Span = tuple[int | None, int | None, int | None, int | None]
 
+MARKS: Final = (CAUGHT, DELETED)
 ENTERED: Final = "(entered)"
 """The name under which a target block finds what the item has entered: no identifier looks like this."""
-
-OPERATORS: Final = frozenset({"BINARY_OP", "COMPARE_OP", "CONTAINS_OP", "IS_OP"})
-
-_known: dict[int, tuple[weakref.ref[CodeType], dict[int, "Statement"]]] = {}
-"""What has been found in code that still exists: by its identity, since the code of two notebook cells may be equal."""
 
 
 class Block(NamedTuple):
@@ -63,10 +57,14 @@ class Statement(NamedTuple):
     body: Block
 
 
+_known: Final = Known[dict[int, Statement]](dict)
+"""The statements that have been found, by the instruction that enters them."""
+
+
 def find(frame: FrameType) -> Statement:
     """The `with` item that `frame` is entering; `InvokeError` where it cannot be had, or its body cannot run later."""
     code = frame.f_code
-    known = _found_in(code)
+    known = _known.of(code)
     found = known.get(frame.f_lasti)
     if found is None:
         found = known[frame.f_lasti] = _found(code, code.co_filename, frame.f_lasti, _source(frame))
@@ -81,15 +79,6 @@ def find(frame: FrameType) -> Statement:
             f"it uses `{min(body.loads.intersection(code.co_freevars))}`, a variable of the function around its class"
         )
     return found
-
-
-def _found_in(code: CodeType) -> dict[int, Statement]:
-    """What has been found in this code, by instruction."""
-    key = id(code)
-    entry = _known.get(key)
-    if entry is None or entry[0]() is not code:
-        entry = _known[key] = weakref.ref(code, lambda _, known=_known: known.pop(key, None)), {}  # type: ignore[misc]
-    return entry[1]
 
 
 def refused(reason: str) -> InvokeError:
@@ -113,11 +102,9 @@ def _local_names(code: CodeType, above: tuple[Scope, ...]) -> frozenset[str] | N
 
 def _source(frame: FrameType) -> str:
     """The text of the file, or cell, the frame's code was compiled from."""
-    filename = frame.f_code.co_filename
-    linecache.checkcache(filename)
-    text = "".join(linecache.getlines(filename, frame.f_globals))
+    text = text_of(frame.f_code, frame.f_globals)
     if not text:
-        raise refused(f"there is no source to be had for {filename!r}")
+        raise refused(f"there is no source to be had for {frame.f_code.co_filename!r}")
     return text
 
 
@@ -129,7 +116,7 @@ def _found(code: CodeType, filename: str, instruction: int, text: str) -> Statem
     if dis.opname[code.co_code[instruction]] != "BEFORE_WITH":
         raise refused("it was not entered by a `with` statement")
     try:
-        tree = _parsed(text, filename)
+        tree = parsed(text, filename)
     except (SyntaxError, ValueError):
         raise _stale(filename) from None
     for node, above in _statements(tree):
@@ -142,11 +129,6 @@ def _found(code: CodeType, filename: str, instruction: int, text: str) -> Statem
 
 def _stale(filename: str) -> InvokeError:
     return refused(f"{filename!r} no longer holds the code that is running")
-
-
-@functools.lru_cache(maxsize=8)
-def _parsed(text: str, filename: str) -> ast.Module:
-    return ast.parse(text, filename)
 
 
 def _statements(node: ast.AST, above: tuple[Scope, ...] = ()) -> Iterator[tuple[ast.With, tuple[Scope, ...]]]:
@@ -190,10 +172,10 @@ def _compiled(code: CodeType, filename: str, node: ast.With, number: int, above:
         target, rest = (_block(statements, code, filename, owner, _local_names(code, above)) for statements in (stores, body))
     except SyntaxError as error:
         raise refused(f"as a function of its own it does not compile ({error.msg})") from None
-    if not _facts(rest.code) <= _facts(code):
+    if not facts(rest.code, MARKS) <= facts(code, MARKS):
         # Test runners rewrite assertions; the rest of the block must still be what runs.
         plain = _block(without_asserts(body), code, filename, owner, None)
-        if not _facts(plain.code) <= _facts(code):
+        if not facts(plain.code, MARKS) <= facts(code, MARKS):
             raise _stale(filename)
     return Statement(target if stores else None, rest)
 
@@ -203,26 +185,3 @@ def _block(body: list[ast.stmt], code: CodeType, filename: str, owner: str | Non
     compiled = as_function(body or [ast.Pass(lineno=1, col_offset=0, end_lineno=1, end_col_offset=0)], code, filename, owner)
     inner = frozenset[str]().union(*(names_of(each)[0] for each in compiled.co_consts if isinstance(each, CodeType)))
     return Block(compiled, *names_of(compiled), declared_global(body), local, bindings_of(compiled), inner)
-
-
-def _facts(code: CodeType) -> set[Any]:
-    """Every name, constant and operator in compiled code: a text that has changed since does not have the same."""
-    names = (*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars)
-    facts: set[Any] = {name for name in names if not name.endswith((CAUGHT, DELETED))}
-    instructions = [*dis.get_instructions(code)]
-    for each, following in zip(instructions, [*instructions[1:], None], strict=True):
-        if each.opname in OPERATORS:
-            facts.add((each.positions, each.argval))
-        elif each.opcode in dis.hasconst and not (following is not None and following.argval == "__qualname__"):
-            facts |= _constants(each.argval, each.positions)
-    return facts
-
-
-def _constants(value: Any, place: Any) -> set[Any]:
-    """The facts in a constant; a set read from a `.pyc` has another order than a compiled one."""
-    if isinstance(value, CodeType):
-        return _facts(value)
-    if isinstance(value, (tuple, frozenset)):
-        return set[Any]().union(*(_constants(each, place) for each in value))
-    # The compiler adds `None`, and `True` marks a deleted name.
-    return set() if value is True or value is None else {(place, type(value), repr(value))}

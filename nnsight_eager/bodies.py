@@ -16,7 +16,7 @@ from .batching import Rows
 from .coroutine import Coroutine, current_stack, inside_forward
 from .errors import RunError
 from .paths import spelled
-from .visits import Kind, Visit
+from .visits import FIRST, NEXT, OUTPUT, Kind, Visit, Which
 
 
 class Awaited(NamedTuple):
@@ -25,13 +25,24 @@ class Awaited(NamedTuple):
     visit: Visit | None = None
     kind: Kind = "output"
     path: str = ""
-    further: bool = False
+    which: Which = FIRST
     step: int | None = None
+    until: Visit | None = None
+    """Whose output ends the waiting as well."""
+
+    @property
+    def visits(self) -> tuple[Visit | None, ...]:
+        """Where it may come; `None` for a step, or the end."""
+        return (self.visit,) if self.until is None else (self.visit, self.until)
+
+    def comes_at(self, visit: Visit) -> bool:
+        """Whether a pause at `visit`, one of these, is what is waited for."""
+        return visit.kind is (self.kind if visit is self.visit else OUTPUT)
 
     @property
     def in_step(self) -> bool:
         """Whether it can only come in the current step."""
-        return self.visit is not None and not self.further
+        return self.visit is not None and self.which is not NEXT
 
     def __str__(self) -> str:
         if self.visit is not None:

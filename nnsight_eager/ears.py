@@ -8,35 +8,44 @@ A listening module costs a little, so a run listens only where it is asked to, a
 visited several times; the first run of a kind of call listens everywhere and learns what that is.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from typing import TypeVar
 
 import torch
 
-from .attention import AttentionPattern, compute_pattern, pattern_of
 from .errors import RunEndedError
+from .inside import Apart, Part
 from .order import Order
 from .paths import modules_above
 from .taps import put_up, take_down, tap_at
 from .visits import Forward, RootVisit, Visit, is_compiled, not_compiled
 
+P = TypeVar("P", bound=Part)
+
 
 class Memory:
-    """What the runs of one model leave for the next: the order learned for each kind of call, and ears to use again."""
+    """What the runs of one model leave for the next: the order learned for each kind of call, ears and parts to use again."""
 
-    __slots__ = ("compiled", "orders", "patterns", "visits")
+    __slots__ = ("compiled", "orders", "parts", "visits")
 
     def __init__(self) -> None:
         """Nothing has run yet."""
         self.orders: dict[str, Order] = {}
         self.visits: dict[int, Visit] = {}
-        self.patterns: dict[int, AttentionPattern] = {}
+        self.parts: dict[Hashable, Part] = {}
         self.compiled = False
+
+    def part(self, key: Hashable, make: Callable[[], P]) -> P:
+        """The part of this key: one for all runs of the model."""
+        if key not in self.parts:
+            self.parts[key] = make()
+        return self.parts[key]  # type: ignore[return-value]
 
 
 class Ears:
     """The ears of one run, by the identity of their module."""
 
-    __slots__ = ("_around", "_forward", "_memory", "_name", "_put_up", "_root", "_stack", "_undo", "open", "order",
+    __slots__ = ("_around", "_forward", "_name", "_put_up", "_root", "_stack", "apart", "memory", "open", "order",
         "visits")  # fmt: skip
 
     def __init__(self, root: torch.nn.Module, name: str, forward: Forward, memory: Memory) -> None:
@@ -45,19 +54,19 @@ class Ears:
         self._name = name
         self._forward = forward
         self._stack = forward.stack
-        self._memory = memory
+        self.memory = memory
         # Taken, so that a second run at the same time has ears of its own.
         self.visits, memory.visits = memory.visits, {}
         self.open = True
         self._put_up: list[Visit] = []
-        self._undo: dict[int, Callable[[], None]] = {}
+        self.apart: dict[Hashable, Apart] = {}
         self._around: frozenset[int] | None = None
         self.order = memory.orders.get(name) or Order()
 
     def begin(self, several_steps: bool) -> None:
         """Listen where a run always does; `several_steps` says that the call may run the root several times, or not at all."""
-        if self._name not in self._memory.orders:
-            self._memory.compiled = any(map(is_compiled, self._root.modules()))
+        if self._name not in self.memory.orders:
+            self.memory.compiled = any(map(is_compiled, self._root.modules()))
             self._forward.learn(self.order)
             self._listen_at(self._root.modules())
         elif self.order.repeats:
@@ -70,23 +79,24 @@ class Ears:
         visit = self.visits.get(id(module))
         return visit if visit is not None and visit.forward is self._forward else self._listen(module, visit)
 
-    def at_pattern(self, module: torch.nn.Module, path: str) -> AttentionPattern:
-        """The module that computes the attention pattern of `module` in this run."""
-        pattern = pattern_of(module, self._memory.patterns, path)
-        if id(module) not in self._undo:
-            self._undo[id(module)] = compute_pattern(module, pattern)
-        return pattern
+    def of_part(self, part: Part) -> Apart:
+        """How the owner of `part` is made to call it in this run; from here on it is."""
+        apart = self.apart.get(part.key)
+        if apart is None:
+            self.at(part.owner)
+            apart = self.apart[part.key] = part.begin(self._stack)
+        return apart
 
     def learned(self) -> None:
         """The run has come to its end: what it has learned holds for later ones."""
         if self._forward.order is not None:
-            self._memory.orders[self._name] = self.order
+            self.memory.orders[self._name] = self.order
 
     def take_down(self) -> None:
-        """Take every ear out of its module, and let attention be computed as it was."""
+        """Take every ear out of its module, and let owners call no part apart."""
         take_down(self._put_up)
-        while self._undo:
-            self._undo.popitem()[1]()
+        while self.apart:
+            self.apart.popitem()[1].end()
 
     def put_away(self, cut_short: bool) -> None:
         """Leave the ears to later runs; done once the forward has ended, whose frames use them."""
@@ -96,7 +106,7 @@ class Ears:
             visit.forward, visit.watchers = None, ()
             if visit.spent:
                 self.visits.pop(id(visit.module), None)
-        self._memory.visits = self.visits
+        self.memory.visits = self.visits
 
     def forget(self) -> None:
         """Refer to no ear any more, and put up none."""
@@ -111,6 +121,8 @@ class Ears:
         visit.step = -1
         self._put_up.append(visit)
         put_up(visit, self._stack)
+        if isinstance(module, Part):
+            self.of_part(module).hear(module, visit)
         around = self.order.around.get(id(module))
         if around is None:
             self._listen_at(modules_above(self._root, module))
@@ -129,7 +141,7 @@ class Ears:
         if not self.open:
             raise RunEndedError("This run has ended.", "Read points inside the `with` block, or open a new trace.")
         kind = RootVisit if module is self._root else Visit
-        visit = tap_at(not_compiled(kind)() if self._memory.compiled else kind(), module)
+        visit = tap_at(not_compiled(kind)() if self.memory.compiled else kind(), module)
         visit.rest()
         self.visits[id(module)] = visit  # whole before it is kept: Ctrl-C may come between any two lines
         return visit

@@ -22,6 +22,7 @@ NnsightEagerError
 │   ├── MaskError             a mask that does not fit
 │   └── BatchError            several inputs that do not go into one batch
 ├── PathError                 no module has that path
+├── SourceError               the operations inside a forward cannot be told
 ├── CacheError                a cache does not hold, or cannot keep, what is asked of it
 ├── LoadError                 a model cannot be loaded
 └── InternalError             our bug: please report it
@@ -130,6 +131,10 @@ class BatchError(InputError):
 
 class PathError(NnsightEagerError):
     """No module of the model has the path that was given."""
+
+
+class SourceError(NnsightEagerError):
+    """The operations inside a forward cannot be told, or it has none of that name."""
 
 
 class CacheError(NnsightEagerError):

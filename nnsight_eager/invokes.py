@@ -25,6 +25,7 @@ from .captured import Captured
 from .errors import InvokeError, OutsideTraceError
 from .names import Names, begin, end
 from .paths import spelled
+from .visits import FIRST, Which
 
 
 class OneByOne(Protocol):
@@ -53,7 +54,7 @@ class Invokes:
             raise AttributeError(name)
         raise outside_invokes()
 
-    def ask(self, module: torch.nn.Module, kind: str, path: str, further: bool = False) -> NoReturn:
+    def ask(self, module: torch.nn.Module, kind: str, path: str, which: Which = FIRST) -> NoReturn:
         """Raise: there is nothing yet that a point could be read from."""
         raise outside_invokes(f"`{spelled(path, kind)}`")
 

@@ -39,6 +39,15 @@ class Miss(NamedTuple):
             f"Read `{self.asked}` {above}; for a later visit of it write `{spelled(self.path)}.next().{self.kind}`.",
         )
 
+    def too_late(self, owner: str) -> PointError:
+        """The forward it is in had begun, or had come past it, before anyone asked for it."""
+        above = f"above the line that reads `{self.paused_at}`" if self.paused_at else "earlier in the block"
+        return self._error(
+            OutOfOrderError,
+            f"`{self.asked}` is not reached any more: the forward of `{owner}` had come past it when it was asked for.",
+            f"Read `{self.asked}` {above}.",
+        )
+
     def skipped(self, inside: str) -> PointError:
         """The point lies in a module whose forward was left out."""
         return self._error(
@@ -72,6 +81,14 @@ class Miss(NamedTuple):
             NotReachedError,
             f"`{self.asked}` did not run: {self.ended} without coming by `{spelled(self.path)}`.",
             "Read a module that this call runs; `print(model)` shows what there is.",
+        )
+
+    def not_taken(self, owner: str) -> PointError:
+        """The forward it is in did not come by it."""
+        return self._error(
+            NotReachedError,
+            f"`{self.asked}` did not run: the forward of `{owner}` went another way.",
+            f"Read an operation that this call runs; `print({owner}.source)` shows where they stand.",
         )
 
     def _error(self, kind: type[PointError], happened: str, instead: str) -> PointError:

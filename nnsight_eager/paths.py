@@ -10,9 +10,13 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from .inside import Part
+
 
 def path_in(root: torch.nn.Module, module: torch.nn.Module) -> str:
-    """The module's own name in the tree."""
+    """The module's own name in the tree; a part's is below its owner's."""
+    if isinstance(module, Part):
+        return module.path
     return next((name for name, each in root.named_modules(remove_duplicate=False) if each is module), type(module).__name__)
 
 

@@ -8,15 +8,17 @@ Each property is annotated exactly `-> torch.Tensor`: with any other annotation,
 see what it has, and so runs the model (IPython 9.18).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from .attention import pattern_of
 from .errors import ChangedInPlaceError, EditError, NotReachedError, OutOfOrderError
 from .nested import described, first_tensor, with_first_tensor
-from .paths import spelled
+from .paths import path_in, spelled
 from .run import Run
-from .visits import INPUT, OUTPUT, Kind, Visit
+from .visits import INPUT, NEXT, NEXT_IN_STEP, OUTPUT, Kind, Visit, Which
 
 
 class Points:
@@ -108,20 +110,36 @@ class Points:
         pattern = model.transformer.h[5].attn.pattern
         model.transformer.h[5].attn.pattern = pattern * keep        # the model goes on with these
         """
-        visit = self._pattern_visit()
+        visit, _ = self._at_pattern()
         return visit.part(visit.value, "pattern")  # type: ignore[no-any-return]
 
     @pattern.setter
     def pattern(self, value: Any) -> None:
-        self._run().replace(self._pattern_visit(), value, f"{self._path}.pattern")
+        visit, path = self._at_pattern()
+        self._run().replace(visit, value, path)
 
-    def _pattern_visit(self) -> Visit:
-        run = self._run()
-        return run.ask(run.pattern(self._module, self._path), OUTPUT, f"{self._path}.pattern")
+    def _at_pattern(self) -> tuple[Visit, str]:
+        """The visit to the part that computes the pattern, and its path."""
+        run, path = self._run(), f"{self._path}.pattern"
+        pattern = run.part((id(self._module), "pattern"), lambda: pattern_of(self._module, self._path))
+        return run.ask(pattern, OUTPUT, path), path
 
     def skip(self, value: Any) -> None:
         """Leave out the module's forward and go on with `value` as its output: `layer.skip(layer.input)`."""
         self._run().skip(self._entering("skip"), value, self._path)
+
+    def next(self) -> "AtNextVisit":
+        """The same points at the next visit after now, in whatever step."""
+        raise NotImplementedError
+
+    def visits(self) -> Iterator[Any]:
+        """Each visit that is still to come in this step, for what a step visits several times.
+
+        for visit in model.block.source.expert_0.visits():        # an operation in a loop
+            visit.output *= 0
+        """
+        while (visit := self.next())._meets_in_step():
+            yield visit
 
     def _received(self) -> Visit:
         """The visit with its arguments, at the module's input or, unless changed meanwhile, at its output."""
@@ -165,3 +183,45 @@ class Points:
             f"`{spelled(self._path, 'output')}` gives what it returned.",
             asked=spelled(self._path, "hidden"),
         )
+
+
+class AtNextVisit(Points):
+    """Points at the next visit after now, and, once that is met, at the same one: what `next()` gives."""
+
+    _met: tuple[Visit, int, int] | None = None
+
+    def _visit(self, kind: Kind) -> Visit:
+        """The next visit the first time, and the same one from then on."""
+        run, met = self._run(), self._met
+        if met is None:
+            return self._go_on(run, kind)
+        visit = met[0]
+        if visit.going_on and (visit, visit.step, visit.times) == met:
+            if visit is run.at and (visit.kind is kind or kind is INPUT):
+                return run.ask(self._module, kind, self._path)
+            if kind is OUTPUT:
+                return self._go_on(run, kind)
+        asked = f"{spelled(self._path)}.next().{kind}"
+        raise OutOfOrderError(
+            f"The visit that this `{asked}` met is over; the run has moved on.",
+            f"Write `{asked}` once more for the visit after this, or keep the value in a variable.",
+            asked=asked,
+            paused_at=spelled(path_in(run.root, run.at.module), run.at.kind) if run.at else "",
+            step=run.step,
+        )
+
+    def _meets_in_step(self) -> bool:
+        """Run on to the next visit, if there is one in this step."""
+        try:
+            self._go_on(self._run(), INPUT, NEXT_IN_STEP)
+        except NotReachedError:
+            return False
+        return True
+
+    def _go_on(self, run: Run, kind: Kind, which: Which = NEXT) -> Visit:
+        """On to the next visit, which this then stands for."""
+        seen = run.ask(self._module, kind, self._path, which)
+        visit = run.at
+        assert visit is not None
+        self._met = visit, visit.step, visit.times
+        return seen

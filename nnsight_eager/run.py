@@ -10,19 +10,20 @@ The run is the caller's side; `visits` is the model's. A run is what every point
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from types import CodeType, FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from .coroutine import OUR_FOLDER, current_stack, inside_forward
-from .ears import Ears, Memory
+from .ears import Ears, Memory, P
 from .errors import RunEndedError
+from .inside import Part
 from .missed import Miss
 from .nested import described
 from .paths import innermost_module, path_in, spelled
-from .visits import INPUT, OUTPUT, Forward, Kind, Place, Visit, Watcher, refuse_in_checkpoint
+from .visits import FIRST, INPUT, NEXT, NEXT_IN_STEP, OUTPUT, Forward, Kind, Place, Visit, Watcher, Which, refuse_in_checkpoint
 
 
 class Call(NamedTuple):
@@ -97,46 +98,69 @@ class Run:
 
     # Asking
 
-    def ask(self, module: torch.nn.Module, kind: Kind, path: str, further: bool = False) -> Visit:
+    def ask(self, module: torch.nn.Module, kind: Kind, path: str, which: Which = FIRST) -> Visit:
         """Run on to the module's first visit in this step and pause there; `path` is how the user wrote it.
 
-        With `further`, run on to its next visit after now, in whatever step.
+        With another `which`, run on to the next visit after now, in this step or in whatever step.
         """
         at, forward = self.at, self._forward
-        if at is not None and at.module is module and not further and (at.kind is kind or kind is INPUT):
+        if at is not None and at.module is module and not which and (at.kind is kind or kind is INPUT):
             return at
-        visit = self._expected(module, kind, path, further)
+        visit = self._expected(module, kind, path, which)
         if kind is OUTPUT:
             visit.stop_after = True
         else:
             visit.stop_before = True
-        forward.awaited = not further
+        forward.awaited = which is not NEXT
+        until = self._until(visit) if which is NEXT_IN_STEP else None
         self.at = None
         try:
             self.at = reached = forward.resume()
         except BaseException as error:
             self._stopped(error, at, visit)
             raise
-        if reached is None:
-            self._step_over = True
+        if reached is not visit:
+            self._step_over = reached is None
             visit.stop_after = visit.stop_before = False
-            self._missed(visit, kind, path, at, further)
+            self._missed(visit, kind, path, at, which)
+        if until is not None:
+            until.stop_after = False
         self._step_over = False
-        return reached  # type: ignore[no-any-return]
+        return reached
 
-    def _expected(self, module: torch.nn.Module, kind: Kind, path: str, further: bool) -> Visit:
+    def _until(self, visit: Visit) -> Visit | None:
+        """Where there will be no next visit in this step: the output of what an operation is in; else the end of the step."""
+        if not isinstance(visit.module, Part):
+            return None
+        owner = self._ears.at(visit.module.owner)
+        owner.stop_after = True
+        return owner
+
+    def _expected(self, module: torch.nn.Module, kind: Kind, path: str, which: Which) -> Visit:
         """The ear at the module, which the model has still to come by; an error where it will not."""
         at, forward = self.at, self._forward
         visit = self._ears.at(module)
-        if visit.step == forward.step and not further and (not visit.going_on or kind is INPUT or visit.times > 1):
+        if isinstance(module, Part):
+            self._expect_part(module, visit, kind, path, which)
+        if visit.step == forward.step and not which and (not visit.going_on or kind is INPUT or visit.times > 1):
             self._missed(visit, kind, path, at)
         if (
             forward.finished
-            or (self._step_over and not further)
+            or (self._step_over and which is not NEXT)
             or (at is not None and at.skipped and self._left_out(module, at))
         ):
-            self._missed(visit, kind, path, at, further)
+            self._missed(visit, kind, path, at, which)
         return visit
+
+    def _expect_part(self, part: Part, visit: Visit, kind: Kind, path: str, which: Which) -> None:
+        """Raise where the forward that `part` is in will not come by it any more in this step."""
+        at, step = self.at, self.step
+        owner = self._ears.at(part.owner)
+        over = not owner.going_on or owner.kind is OUTPUT
+        if owner.going_on and self._ears.of_part(part).passed(part, over or at is not owner, bool(which)):
+            raise self._miss(kind, path, at).too_late(spelled(path_in(self.root, part.owner)))
+        if owner.step == step and visit.step != step and over and not which:
+            self._missed(visit, kind, path, at)
 
     def to_step(self, step: int) -> bool:
         """Run on to the start of `step`; `False` where the model ends before it begins."""
@@ -171,15 +195,13 @@ class Run:
         """Whether `stack` is that of a body of this run; a run without bodies has none."""
         return False
 
-    def pattern(self, module: torch.nn.Module, path: str) -> torch.nn.Module:
-        """The module that computes the attention pattern of `module`, which the model has still to come to."""
-        owner = self._ears.at(module)  # its end can be asked for while the model is paused inside
-        pattern = self._ears.at_pattern(module, path)
-        visit = self._ears.visits.get(id(pattern))
-        met = visit is not None and visit.forward is self._forward and visit.step == self.step
-        if owner.step == self.step and not met and (not owner.going_on or owner.kind is OUTPUT):
-            self._missed(owner, OUTPUT, f"{path}.pattern", self.at)
-        return pattern
+    def part(self, key: Hashable, make: Callable[[], P]) -> P:
+        """The part of this key, made where the model has none yet."""
+        return self._ears.memory.part(key, make)
+
+    def listen(self, part: Part) -> None:
+        """Have the owner of `part` call its parts apart from here on, before any of them is asked for."""
+        self._ears.of_part(part)
 
     def watch(self, module: torch.nn.Module, watcher: Watcher) -> None:
         """From now on have `watcher` see each call of the module, at its input and at its output, without pausing."""
@@ -290,21 +312,23 @@ class Run:
 
     # Errors
 
-    def _missed(self, visit: Visit, kind: Kind, path: str, before: Visit | Place | None, further: bool = False) -> NoReturn:
+    def _missed(self, visit: Visit, kind: Kind, path: str, before: Visit | Place | None, which: Which = FIRST) -> NoReturn:
         """Raise what tells why the point is not reached from `before`."""
         if current_stack() is self._stack:
             raise inside_forward()
         if self._failed_with:
             self.finish()
-        module, step = visit.module, self._forward.step
-        if self.finished and step and not self._beyond:
-            step -= 1  # the count goes on at the end of a step, and no other has begun
-        paused_at = spelled(path_in(self.root, before.module), before.kind) if before is not None else ""
-        miss = Miss(path, kind, paused_at, step, self.finished)
-        if further:
+        miss = self._miss(kind, path, before)
+        module, step = visit.module, miss.step
+        if which:
             raise miss.no_further()
         if visit.times and visit.step == step:
             raise miss.passed()
+        if isinstance(module, Part):
+            came_by = self._ears.of_part(module).came_by(module)
+            module = module.owner
+            if self._ears.at(module).step == step:
+                raise miss.passed() if came_by else miss.not_taken(spelled(path_in(self.root, module)))
         for skipped in self._skipped:
             if module is not skipped and any(each is module for each in skipped.modules()):
                 raise miss.skipped(path_in(self.root, skipped))
@@ -314,9 +338,19 @@ class Run:
             raise miss.passed()
         raise miss.never()
 
+    def _miss(self, kind: Kind, path: str, before: Visit | Place | None) -> Miss:
+        """The facts for an ask that is not answered from `before`."""
+        step = self._forward.step
+        if self.finished and step and not self._beyond:
+            step -= 1  # the count goes on at the end of a step, and no other has begun
+        paused_at = spelled(path_in(self.root, before.module), before.kind) if before is not None else ""
+        return Miss(path, kind, paused_at, step, self.finished)
+
     def _left_out(self, module: torch.nn.Module, skipped: Visit) -> bool:
         """Whether `module` lies inside one that is skipped and, as far as known, not called again in this step."""
         once = self._forward.order is None and id(skipped.module) not in self._ears.order.repeats
+        if isinstance(module, Part):
+            return once and any(each is module.owner for each in skipped.module.modules())
         return once and module is not skipped.module and any(each is module for each in skipped.module.modules())
 
     def _stopped(self, error: BaseException, at: Visit | None, awaited: Visit | None = None) -> None:

@@ -20,7 +20,7 @@ from .errors import DeadlockError, RunEndedError
 from .lending import Lending, held
 from .paths import path_in, spelled
 from .run import Call, Run, Stop
-from .visits import INPUT, OUTPUT, Kind, Place, Visit
+from .visits import FIRST, INPUT, NEXT_IN_STEP, OUTPUT, Kind, Place, Visit, Which
 from .waiting import Waiting
 
 
@@ -118,26 +118,27 @@ class SharedRun(Run):
 
     # Asking, on a body's stack
 
-    def ask(self, module: torch.nn.Module, kind: Kind, path: str, further: bool = False) -> Any:
+    def ask(self, module: torch.nn.Module, kind: Kind, path: str, which: Which = FIRST) -> Any:
         """Pause the body until the model is at the visit; its share of the visit."""
         body = self._asking()
         if self._closing:
             raise RunEndedError("This run is being closed.", "Read points before the block is left.")
         at = self.at
-        if at is None or at.module is not module or further or not (at.kind is kind or kind is INPUT):
+        if at is None or at.module is not module or which or not (at.kind is kind or kind is INPUT):
             if body.asked is not None:
                 body.asked.append(module)
-            visit = self._expected(module, kind, path, further)
+            visit = self._expected(module, kind, path, which)
             before = None if at is None else Place(at.module, at.kind)
             if kind is OUTPUT:
                 visit.stop_after = True
             else:
                 visit.stop_before = True
-            self._wait(body, Awaited(visit, kind, path, further))
+            until = self._until(visit) if which is NEXT_IN_STEP else None
+            self._wait(body, Awaited(visit, kind, path, which, until=until))
             if self.at is not visit:
                 if visit not in self._waiting:
                     visit.stop_after = visit.stop_before = False
-                self._missed(visit, kind, path, before, further)
+                self._missed(visit, kind, path, before, which)
             at = visit
             body.reached += 1
         return Share(at, body, self, path)
@@ -176,9 +177,9 @@ class SharedRun(Run):
             return whole
         return self._lending.lend(visit, body, rows, whole, self._factors_at(path), lambda: spelled(path, kind))
 
-    def _missed(self, visit: Visit, kind: Kind, path: str, before: Visit | Place | None, further: bool = False) -> NoReturn:
+    def _missed(self, visit: Visit, kind: Kind, path: str, before: Visit | Place | None, which: Which = FIRST) -> NoReturn:
         self._beyond = self._asking().beyond  # what this body has gone on to, whatever the others have
-        super()._missed(visit, kind, path, before, further)
+        super()._missed(visit, kind, path, before, which)
 
     def put_together(self, visit: Visit) -> None:
         """Have the visit hold what the bodies hold of it."""

@@ -188,6 +188,28 @@ def put_up(tap: Tap, stack: Any) -> None:
             tap._stand_in_front()
 
 
+def put_innermost(tap: Tap, stack: Any) -> None:
+    """Have the tap hear what the other taps of its module call: it stands directly in front of the module's own forward."""
+    with _lock:
+        outer = tap.own.get("forward")
+        if not isinstance(outer, Tap) or outer.module is not tap.module:
+            tap._stand_in_front()
+        else:
+            while isinstance(outer._original, Tap):
+                outer = outer._original
+            tap._original, tap.__wrapped__ = outer._original, outer.__wrapped__
+            outer._original = outer.__wrapped__ = tap
+        tap.stack = stack
+
+
+def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
+    """The module's forward below all taps."""
+    forward = module.__dict__.get("forward", ABSENT)
+    while isinstance(forward, Tap):
+        forward = forward._original
+    return MethodType(type(module).forward, module) if forward is ABSENT else forward
+
+
 def take_down(taps: Iterable[Tap]) -> None:
     """Stop hearing; where nobody else listens, the modules are as they were before."""
     with _lock:

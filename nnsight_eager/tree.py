@@ -13,11 +13,12 @@ import torch
 from .coroutine import without_our_frames
 from .current import current
 from .ears import Memory
-from .errors import EditError, OutOfOrderError, PathError
+from .errors import EditError, PathError
 from .paths import matching, near, path_in, spelled
-from .points import Points
+from .points import AtNextVisit, Points
 from .run import Run
-from .visits import INPUT, OUTPUT, Kind, Visit
+from .source import Source, source_of
+from .visits import Kind, Visit
 
 
 def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
@@ -90,6 +91,16 @@ class Envoy(Points):
         visit: keep it in a variable to read and then replace.
         """
         return NextEnvoy(self._module, self._path, self._tree)
+
+    @property
+    def source(self) -> Source:
+        """The operations inside the module's forward: `print(attn.source)`, `attn.source.self_c_proj_0.output`.
+
+        Calls and assignments, each a point with `.output`, `.input`, `.inputs`, `.skip(value)`, `.next()` and, for what it
+        calls, `.source`. A run has to know of them before it comes to the forward. Raises `SourceError` where the forward has
+        no Python source.
+        """
+        return source_of(self._module, self._path, self._tree)
 
     def edit(self, function: Callable[[], Any] | None = None, *, inplace: bool = False) -> Any:
         """`NNsight.edit` of the model that this is a part of: `with model.transformer.h[5].edit(inplace=True):`."""
@@ -238,41 +249,9 @@ class Envoy(Points):
         return repr(self._module)
 
 
-class NextEnvoy(Envoy):
+class NextEnvoy(AtNextVisit, Envoy):
     """A module at its next visit after now: what `envoy.next()` gives."""
-
-    def __init__(self, module: torch.nn.Module, path: str, tree: Tree) -> None:
-        super().__init__(module, path, tree)
-        self._met: tuple[Visit, int, int] | None = None
 
     @classmethod
     def _of(cls, module: torch.nn.Module, path: str, tree: Tree) -> "Envoy":
         return NextEnvoy(module, path, tree)
-
-    def _visit(self, kind: Kind) -> Visit:
-        """The next visit the first time, and the same one from then on."""
-        run, met = self._run(), self._met
-        if met is None:
-            return self._go_on(run, kind)
-        visit = met[0]
-        if visit.going_on and (visit, visit.step, visit.times) == met:
-            if visit is run.at and (visit.kind is kind or kind is INPUT):
-                return run.ask(self._module, kind, self._path)
-            if kind is OUTPUT:
-                return self._go_on(run, kind)
-        asked = f"{spelled(self._path)}.next().{kind}"
-        raise OutOfOrderError(
-            f"The visit that this `{asked}` met is over; the run has moved on.",
-            f"Write `{asked}` once more for the visit after this, or keep the value in a variable.",
-            asked=asked,
-            paused_at=spelled(path_in(run.root, run.at.module), run.at.kind) if run.at else "",
-            step=run.step,
-        )
-
-    def _go_on(self, run: Run, kind: Kind) -> Visit:
-        """On to the next visit, which this envoy then stands for."""
-        seen = run.ask(self._module, kind, self._path, further=True)
-        visit = run.at
-        assert visit is not None
-        self._met = visit, visit.step, visit.times
-        return seen

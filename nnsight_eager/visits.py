@@ -25,6 +25,13 @@ Watcher = Callable[["Visit"], None]
 INPUT: Final = "input"
 OUTPUT: Final = "output"
 
+Which = Literal[0, 1, 2]
+FIRST: Final = 0
+"""The first visit in the current step, which is what plain asking means: the further ones are true."""
+NEXT_IN_STEP: Final = 1
+NEXT: Final = 2
+"""The next visit after now, in whatever step."""
+
 
 class Place(NamedTuple):
     """Where the model was paused, kept while it goes on: the visit itself goes on with it."""

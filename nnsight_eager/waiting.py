@@ -33,7 +33,8 @@ class Waiting:
 
     def add(self, body: Asker, awaited: Awaited) -> None:
         """Note that `body` waits for this."""
-        self._entries.setdefault(awaited.visit, []).append((body, awaited))
+        for visit in awaited.visits:
+            self._entries.setdefault(visit, []).append((body, awaited))
         self.in_step += awaited.in_step
 
     @property
@@ -44,7 +45,7 @@ class Waiting:
 
     def at(self, visit: Visit, step: int) -> list[Asker]:
         """The model is paused at `visit` in `step`: who waited for that waits no longer."""
-        here = self._take(visit, lambda awaited: awaited.kind is visit.kind) if visit in self._entries else []
+        here = self._take(visit, lambda awaited: awaited.comes_at(visit)) if visit in self._entries else []
         return here + self._take(LATER, lambda awaited: awaited.step is not None and awaited.step <= step)
 
     def step_over(self) -> list[Asker]:
@@ -57,10 +58,12 @@ class Waiting:
 
     def _take(self, visit: Visit | None, wanted: Callable[[Awaited], bool]) -> list[Asker]:
         """Remove those entries at one place that are `wanted`; their bodies."""
-        entries = self._entries.pop(visit, [])
-        stay = [entry for entry in entries if not wanted(entry[1])]
-        if stay:
-            self._entries[visit] = stay
-        gone = [entry for entry in entries if wanted(entry[1])]
+        gone = [entry for entry in self._entries.get(visit, ()) if wanted(entry[1])]
+        for entry in gone:
+            for place in entry[1].visits:
+                entries = self._entries[place]
+                entries.remove(entry)
+                if not entries:
+                    del self._entries[place]
         self.in_step -= sum(awaited.in_step for _, awaited in gone)
         return [body for body, _ in gone]

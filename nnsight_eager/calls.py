@@ -1,0 +1,180 @@
+"""One run's ears at the operations inside a forward: while it has any there, the forward runs rewritten.
+
+An operation is a part of its owner, so that a run asks for it as for any module. The rewritten forward stands below all other
+taps of the owner, acts on the run's own stack, and is gone with the run.
+"""
+
+from collections.abc import Hashable
+from functools import partial
+from typing import Any
+
+import torch
+
+from .coroutine import current_stack
+from .errors import SourceError
+from .inside import Part
+from .operations import Dissected, dissected, peeled
+from .paths import near, spelled
+from .taps import Tap, put_innermost, take_down, tap_at
+from .visits import Visit
+
+
+class OperationPart(Part):
+    """An operation in the owner's forward, or, named by several names, in a function that one of those calls."""
+
+    def __init__(self, owner: torch.nn.Module, path: str, names: tuple[str, ...]) -> None:
+        super().__init__(owner, f"{path}.source.{'.source.'.join(names)}" if names else f"{path}.source")
+        self.names = names
+        self._owner_path = path
+
+    @property
+    def key(self) -> Hashable:
+        """All operations of an owner are heard by one rewritten forward."""
+        return id(self.owner)
+
+    def begin(self, stack: Any) -> "Rewritten":
+        """Have the owner's forward run rewritten."""
+        tap = tap_at(RewrittenForward(), self.owner)
+        tap.calls = RunCalls(f"{self._owner_path}.source")
+        put_innermost(tap, stack)
+        return Rewritten(tap)
+
+
+class RunCalls:
+    """What one run has the rewritten code of one function call, in the place of its operations."""
+
+    __slots__ = ("_begun", "_ears", "_inside", "_last", "_late", "_path")
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._ears: dict[str, Visit] = {}
+        self._inside: dict[str, RunCalls] = {}
+        self._begun: dict[str, bool] | None = None  # what the call in progress has come by, and whether that was called already
+        self._last: dict[str, bool] | None = None  # what the last one had come by; `None` where none was heard
+        self._late: set[str] = set()  # what it had come by before anyone heard that
+
+    def hear(self, names: tuple[str, ...], ear: Visit) -> None:
+        """Have `ear` called for the operation of these names."""
+        name, *rest = names
+        if self._begun is not None and name in self._begun:
+            self._late.add(name)
+        if not rest:
+            self._ears[name] = ear
+            return
+        if name not in self._inside:
+            self._inside[name] = RunCalls(f"{self._path}.{name}.source")
+        self._inside[name].hear(tuple(rest), ear)
+
+    def passed(self, names: tuple[str, ...], begun: bool, further: bool) -> bool:
+        """Whether it is too late to ask for the operation of these names in the call in progress, if one has `begun`."""
+        if self._begun is None:
+            return begun
+        name, *rest = names
+        if rest and name in self._begun:
+            return self._inside[name].passed(tuple(rest), self._begun[name], further)
+        return name in self._late and not further
+
+    def came_by(self, names: tuple[str, ...]) -> bool:
+        """Whether the last call has come by the operation of these names; it may have, where nobody heard it."""
+        name, *rest = names
+        if self._last is None or (rest and self._last.get(name)):
+            return self._last is None or self._inside[name].came_by(tuple(rest))
+        return name in self._last
+
+    def run(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call `function`, whose operations are heard."""
+        inner, again = peeled(function)
+        found = dissected(inner)
+        self._check(found)
+        around, self._begun, self._late = self._begun, {}, set()
+        try:
+            return again(found.calling(inner, self))(*args, **kwargs)
+        finally:
+            self._last, self._begun = self._begun, around
+
+    def _check(self, found: Dissected) -> None:
+        """Refuse an operation that the function does not have: which function is called may be known only now."""
+        for name in (*self._ears, *self._inside):
+            if name not in found.operations:
+                raise no_operation(self._path, name, found)
+
+    def __call__(self, name: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """The operation `name`, which is a call of `function`."""
+        if self._begun is not None:
+            self._begun[name] = False
+        ear = self._ears.get(name)
+        if ear is None or current_stack() is not ear.stack:
+            return self._call(name, function, *args, **kwargs)
+        ear.__wrapped__ = partial(self._call, name, function)
+        try:
+            return ear(*args, **kwargs)
+        finally:
+            ear.__wrapped__ = _itself  # later runs use the ear again, and it may have been a method of a tensor
+
+    def _call(self, name: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call what an operation calls: somebody may have asked for what is inside while the model was paused before it."""
+        if self._begun is not None:
+            self._begun[name] = True
+        inside = self._inside.get(name)
+        return function(*args, **kwargs) if inside is None else inside.run(function, *args, **kwargs)
+
+    def assigned(self, name: str, value: Any) -> Any:
+        """The operation `name`, which gives a variable its value."""
+        return self(name, _itself, value)
+
+
+class RewrittenForward(Tap):
+    """Runs a module's forward with its operations called apart."""
+
+    __slots__ = ("calls",)
+
+    calls: RunCalls
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """One call of the module."""
+        if current_stack() is not self.stack:
+            return self.pass_through(args, kwargs)
+        return self.calls.run(self.__wrapped__, *args, **kwargs)
+
+
+class Rewritten:
+    """A forward that runs rewritten, for one run."""
+
+    def __init__(self, tap: RewrittenForward) -> None:
+        self._tap = tap
+
+    def hear(self, part: Part, ear: Visit) -> None:
+        """Have `ear` called where the forward comes by the operation."""
+        assert isinstance(part, OperationPart)
+        if part.names:
+            self._tap.calls.hear(part.names, ear)
+
+    def passed(self, part: Part, begun: bool, further: bool) -> bool:
+        """Whether the forward in progress has come past the operation, or had begun when nobody heard it."""
+        assert isinstance(part, OperationPart)
+        return self._tap.calls.passed(part.names, begun, further)
+
+    def came_by(self, part: Part) -> bool:
+        """Whether the last call of the forward has come by the operation, or may have, unheard."""
+        assert isinstance(part, OperationPart)
+        return self._tap.calls.came_by(part.names)
+
+    def end(self) -> None:
+        """Have the forward be as it was."""
+        take_down([self._tap])
+
+
+def called_at(ear: Visit) -> Any:
+    """The function that is about to be called where the model is paused at the input of an operation."""
+    return ear.__wrapped__.args[1]  # type: ignore[attr-defined]
+
+
+def no_operation(path: str, name: str, found: Dissected) -> SourceError:
+    """The error for a name that no operation has."""
+    return SourceError(
+        f"`{spelled(path)}` has no operation `{name}`{near(name, found.operations)}", f"`print({spelled(path)})` lists them."
+    )
+
+
+def _itself(value: Any) -> Any:
+    return value

@@ -1,0 +1,49 @@
+"""What a module computes within its forward, as a small module of its own, so that it is a point like any other.
+
+An attention pattern and an operation in the source are such parts. While a run asks for one, the owner's forward is made to
+call it; how, each kind of part knows.
+"""
+
+from collections.abc import Hashable
+from typing import Any, Protocol
+
+import torch
+
+
+class Apart(Protocol):
+    """What one run has done to an owner, so that parts of its forward are called apart."""
+
+    def hear(self, part: "Part", ear: Any) -> None:
+        """Have `ear` called where the owner computes `part`."""
+
+    def passed(self, part: "Part", begun: bool, further: bool) -> bool:
+        """Whether it is too late to ask for `part` in the owner's call in progress: it has come by it, or would not be heard.
+
+        `begun`: that call is past the owner's input. `further`: any visit to come will do.
+        """
+
+    def came_by(self, part: "Part") -> bool:
+        """Whether the owner's last call has come by `part`, as far as anyone can tell."""
+
+    def end(self) -> None:
+        """Have the owner's forward be as it was."""
+
+
+class Part(torch.nn.Module):
+    """One part of an owner's forward; `path` is how it is found in the tree."""
+
+    owner: torch.nn.Module
+    path: str
+
+    def __init__(self, owner: torch.nn.Module, path: str) -> None:
+        super().__init__()
+        self.__dict__.update(owner=owner, path=path)  # not as a child: the part does not contain its owner
+
+    @property
+    def key(self) -> Hashable:
+        """The same for all parts that are called apart together."""
+        raise NotImplementedError
+
+    def begin(self, stack: Any) -> Apart:
+        """From here on have the parts of this key called apart where the model runs on `stack`."""
+        raise NotImplementedError
