@@ -57,7 +57,7 @@ class Statement(NamedTuple):
     body: Block
 
 
-_known: Final = Known[dict[int, Statement]](dict)
+_known: Final = Known[dict[int, Statement]](lambda _: {})
 """The statements that have been found, by the instruction that enters them."""
 
 

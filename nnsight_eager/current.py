@@ -10,6 +10,7 @@ threads and asyncio tasks are apart. The context alone would be wrong for genera
 
 import contextlib
 import weakref
+from collections.abc import Iterator
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any, Protocol
@@ -37,8 +38,13 @@ _entered: ContextVar[tuple[tuple[weakref.ref[Any], Frames], ...]] = ContextVar("
 
 def enter(run: Open) -> None:
     """Make `run` the one that points mean where this is called and on the stack above."""
-    entered, entry = _entered.get(), (weakref.ref(run), _opening_frames())
+    entered, entry = _entered.get(), (weakref.ref(run), _frames())
     _entered.set((*(each for each in entered if each[0]() is not None), entry) if entered else (entry,))
+
+
+def _frames() -> Frames:
+    """Which frames open the trace that is being entered."""
+    return tuple((id(frame), id(frame.f_code)) for frame in opening_frames(user_frame(3)))  # below `enter` and its caller
 
 
 def leave(run: Open) -> None:
@@ -77,15 +83,13 @@ def _nearest(root: torch.nn.Module) -> Run:
     return runs[-1][0]
 
 
-def _opening_frames() -> Frames:
-    """Which frames open a trace here: the user's, and where a context manager of theirs opens it, its user's too."""
-    frame = user_frame(3)  # below `enter` and its caller
-    opening: Frames = ((id(frame), id(frame.f_code)),)
+def opening_frames(frame: FrameType) -> Iterator[FrameType]:
+    """The frames that open a trace where `frame` does: itself, and of a context manager of the user's the one that uses it."""
+    yield frame
     above = frame.f_back
     while above is not None and above.f_globals is contextlib.__dict__:
         while above is not None and above.f_globals is contextlib.__dict__:
             above = above.f_back
         if above is not None:
-            opening = (*opening, (id(above), id(above.f_code)))
+            yield above
             above = above.f_back
-    return opening

@@ -103,7 +103,7 @@ class Ears:
         for visit in self._put_up:
             if cut_short or visit.going_on:
                 visit.rest()
-            visit.forward, visit.watchers = None, ()
+            visit.forward, visit.gave, visit.watchers = None, None, ()
             if visit.spent:
                 self.visits.pop(id(visit.module), None)
         self.memory.visits = self.visits

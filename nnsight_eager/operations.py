@@ -64,7 +64,7 @@ class Dissected(NamedTuple):
         return rewritten
 
 
-_known: Final = Known[list[Dissected]](list)
+_known: Final = Known[list[Dissected]](lambda _: [])
 """The code that has been dissected: each once."""
 
 

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from .attention import pattern_of
+from .backward import edge_of, here
 from .errors import ChangedInPlaceError, EditError, NotReachedError, OutOfOrderError
 from .nested import described, first_tensor, with_first_tensor
 from .paths import path_in, spelled
@@ -123,6 +125,40 @@ class Points:
         run, path = self._run(), f"{self._path}.pattern"
         pattern = run.part((id(self._module), "pattern"), lambda: pattern_of(self._module, self._path))
         return run.ask(pattern, OUTPUT, path), path
+
+    @property
+    def output_grad(self) -> torch.Tensor:
+        """The gradient of what the module gave (the first tensor of its output), in the block of a backward pass.
+
+        with tracer.backward(loss):
+            model.transformer.h[5].output_grad                   # goes on to here; `[batch, seq, hidden]`
+            model.transformer.h[5].output_grad = gradient * 0
+
+        The output has to have been read in the trace before. Gradients come in the reverse order of the forward pass.
+        """
+        edge, asked = self._edge()
+        whole = here(asked).gradient(edge, asked)
+        return self._run().view(self._path)(whole, "output_grad")  # type: ignore[no-any-return]
+
+    @output_grad.setter
+    def output_grad(self, value: Any) -> None:
+        edge, asked = self._edge()
+        running = here(asked)
+        whole = self._run().whole(running.gradient(edge, asked), value, self._path, "output_grad")
+        running.replace(edge, whole, asked)
+
+    def _edge(self) -> tuple[GradientEdge, str]:
+        """The place in the graph of what the module gave, and how its gradient is written."""
+        asked = f"`{spelled(self._path, 'output_grad')}`"
+        given = first_tensor(self._run().given(self._module))
+        if given is None:
+            output = spelled(self._path, OUTPUT)
+            raise NotReachedError(
+                f"{asked} is not known: the trace has not read `{output}`.",
+                f"Read `{output}` in the trace, above the backward pass; nothing is kept of what is not asked for.",
+                asked=asked,
+            )
+        return edge_of(given, asked), asked
 
     def skip(self, value: Any) -> None:
         """Leave out the module's forward and go on with `value` as its output: `layer.skip(layer.input)`."""

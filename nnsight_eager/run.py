@@ -212,6 +212,15 @@ class Run:
         """What whoever asks now sees of a value of the module at `path`: all of it."""
         return lambda whole, kind: whole
 
+    def whole(self, whole: Any, part: Any, path: str, kind: str) -> Any:
+        """`whole` with `part` in the place of what `view` shows of it."""
+        return part
+
+    def given(self, module: torch.nn.Module) -> Any:
+        """What the model has gone on with from its last pause at the module's output; `None` where it has not paused there."""
+        visit = self._ears.at(module)
+        return visit.value if visit is self.at and visit.kind is OUTPUT else visit.gave
+
     # Editing
 
     def replace(self, visit: Visit, value: Any, path: str) -> None:

@@ -213,6 +213,12 @@ class SharedRun(Run):
         factors = self._factors_at(path)
         return lambda whole, kind: rows.seen(whole, factors, lambda: spelled(path, kind))
 
+    def whole(self, whole: Any, part: Any, path: str, kind: str) -> Any:
+        """`whole` with `part` in the place of what the body that asks sees of it."""
+        body = self.running()
+        rows = body.rows if body is not None else None
+        return part if rows is None else rows.written(whole, part, self._factors_at(path), lambda: spelled(path, kind))
+
     def runs_on(self, stack: Any) -> bool:
         """Whether `stack` is that of the body which is running."""
         return self._running is not None and self._running.stack is stack

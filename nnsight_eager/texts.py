@@ -22,11 +22,14 @@ OPERATORS: Final = frozenset({"BINARY_OP", "COMPARE_OP", "CONTAINS_OP", "IS_OP"}
 
 
 class Known(Generic[T]):
-    """What has been found in code that still exists: by its identity, since the code of two notebook cells may be equal."""
+    """What has been found out about code that still exists, once for each.
 
-    def __init__(self, make: Callable[[], T]) -> None:
-        """`make` gives what is known of code that has not been met."""
-        self._make = make
+    By its identity, since the code of two notebook cells may be equal.
+    """
+
+    def __init__(self, find: Callable[[CodeType], T]) -> None:
+        """`find` finds it out, or makes room for it."""
+        self._find = find
         self._entries: dict[int, tuple[weakref.ref[CodeType], T]] = {}
 
     def of(self, code: CodeType) -> T:
@@ -35,7 +38,7 @@ class Known(Generic[T]):
         entry = self._entries.get(key)
         if entry is None or entry[0]() is not code:
             forget = functools.partial(_forget, self._entries, key)
-            entry = self._entries[key] = weakref.ref(code, forget), self._make()
+            entry = self._entries[key] = weakref.ref(code, forget), self._find(code)
         return entry[1]
 
 

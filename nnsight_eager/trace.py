@@ -5,22 +5,26 @@ with model.trace("The Eiffel Tower is in the city of") as tracer:
 tracer.result
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
+from functools import partial
+from types import CodeType, FunctionType, TracebackType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+from .backward import Backward, backward_blocks
 from .batching import Given, divided
 from .bodies import Barrier, Body
 from .cache import Cache, Keep, Positions
 from .compat import add_save_to_builtins
 from .coroutine import without_our_frames
-from .current import enter, leave
+from .current import enter, leave, opening_frames
+from .entering import enters_call_of, is_entered
 from .errors import InputError, InvokeError, RunEndedError, RunError
 from .invokes import Invoke, InvokeInPlace, Invokes, outside_invokes
 from .paths import path_in, spelled
-from .run import Call, Run, Stop
+from .run import Call, Run, Stop, user_frame
 from .shared import SharedRun
 from .steps import Steps
 from .tree import Envoy, Tree
@@ -43,7 +47,7 @@ class Trace:
     the steps of a generation, `tracer.stop()` an early end, `tracer.invoke(...)` one of several inputs.
     """
 
-    __slots__ = ("_call", "_division", "_invokes", "_name", "_results", "_run", "_tree", "_view")
+    __slots__ = ("_blocks_of_backward", "_call", "_division", "_invokes", "_name", "_results", "_run", "_tree", "_view")
 
     def __init__(self, tree: Tree, name: str, call: Call | None, division: Division | None) -> None:
         """Nothing runs before the block is entered, or `result` is asked for.
@@ -58,6 +62,7 @@ class Trace:
         self._invokes: Invokes | None = None
         self._results: list[Any] | None = None
         self._view: Envoy | None = None
+        self._blocks_of_backward = False  # whether `with loss.backward():` works in the block
 
     def __enter__(self) -> "Trace":
         if (self._run is not None and self._run.open) or (self._invokes is not None and self._invokes.open):
@@ -68,10 +73,20 @@ class Trace:
             self._divide()
         else:
             self._begin(self._run_of(self._call))
+        self._allow_blocks_of_backward(*(frame.f_code for frame in opening_frames(user_frame())))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
         without_our_frames(traceback)  # the reader's own lines remain
+        try:
+            return self._leave(error)
+        finally:
+            if self._blocks_of_backward:
+                self._blocks_of_backward = False
+                backward_blocks.end()
+
+    def _leave(self, error: BaseException | None) -> bool:
+        """End whatever has been begun."""
         if self._invokes is None:
             return self._end(error)
         if self._results is None and error is None:
@@ -85,6 +100,12 @@ class Trace:
             self._invokes.open = False
             leave(self._invokes)
         return False
+
+    def _allow_blocks_of_backward(self, *codes: CodeType) -> None:
+        """Have `with loss.backward():` wait for its block from now on, if any of this code says so."""
+        if not self._blocks_of_backward and any(enters_call_of("backward", code) for code in codes):
+            backward_blocks.begin()
+            self._blocks_of_backward = True
 
     def _run_of(self, call: Call) -> Run:
         """A run of the code of one block, with the model's stored edits."""
@@ -153,7 +174,31 @@ class Trace:
             invoke: Any = Invoke(self._invokes, given, rows is None)
         else:
             invoke = InvokeInPlace(self, given)
+        if isinstance(function, FunctionType):
+            self._allow_blocks_of_backward(function.__code__)
         return invoke if function is None else invoke(function)
+
+    def backward(
+        self,
+        loss: torch.Tensor,
+        gradient: torch.Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> Backward:
+        """The backward pass of `loss`: at once, or, entered by `with`, as far as gradients are read in the block.
+
+            with tracer.backward(loss):
+                model.transformer.h[5].output_grad          # [batch, seq, hidden]; the last layer first
+                hidden.grad = hidden.grad * 2               # of any tensor that was read in the trace
+
+        The arguments are those of `torch.Tensor.backward`. `with loss.backward():` is the same where it is written in the block
+        of the trace itself; this also works in functions that the block calls.
+        """
+        running = Backward(loss, partial(loss.backward, gradient, retain_graph, create_graph, inputs))
+        if not is_entered(sys._getframe(1)):
+            running.run()
+        return running
 
     def cache(
         self,

@@ -75,8 +75,8 @@ class Visit(Tap):
     all runs, so that a read makes no object.
     """
 
-    __slots__ = ("args", "depth", "forward", "going_on", "kind", "kwargs", "skipped", "step", "stop_after", "stop_before",
-        "times", "value", "versions", "watchers")  # fmt: skip
+    __slots__ = ("args", "depth", "forward", "gave", "going_on", "kind", "kwargs", "skipped", "step", "stop_after",
+        "stop_before", "times", "value", "versions", "watchers")  # fmt: skip
 
     forward: Forward | None  # whose ear this is, while it is put up
     step: int  # the step of the last call
@@ -91,11 +91,12 @@ class Visit(Tap):
     versions: Any
     skipped: bool
     value: Any
+    gave: Any  # what the model has gone on with from the last pause, kept where it may have a gradient
     watchers: tuple["Watcher", ...]  # what sees the call without pausing, after all who pause
 
     def rest(self) -> None:
         """Refer to no run and to no call."""
-        self.forward = self.value = self.versions = self.args = self.kwargs = None  # type: ignore[assignment]
+        self.forward = self.value = self.gave = self.versions = self.args = self.kwargs = None  # type: ignore[assignment]
         self.going_on = self.stop_before = self.stop_after = self.skipped = False
         self.step, self.times, self.depth = -1, 0, 0
         self.watchers = ()
@@ -157,6 +158,8 @@ class Visit(Tap):
             self.value = value
             self._pause(forward, value)
             value = self.value
+            if forward.differentiable:
+                self.gave = value
         if self.watchers:
             self.kind, self.value = OUTPUT, value
             for watcher in self.watchers:

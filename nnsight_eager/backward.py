@@ -1,0 +1,231 @@
+"""A backward pass that waits where its gradients are read: it is a coroutine too, and the block's code runs in place.
+
+    with model.trace("The Eiffel Tower is in") as tracer:
+        early, late = model.transformer.h[1].hidden, model.transformer.h[5].hidden
+        loss = model.output.logits.logsumexp(-1).mean()
+        with loss.backward():                      # or `with tracer.backward(loss):`, which works in any function
+            late.grad                              # the backward pass goes on to here; the real tensor
+            early.grad = early.grad * 2            # it computes on with this
+
+Autograd works through the graph in the reverse order of the forward pass, so gradients are asked for in that order. It is kept
+on the calling thread. While a block is open on a stack, `grad` of a tensor means this there; everywhere else it is torch's.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import TracebackType
+from typing import Any, Final
+
+import torch
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from .compat import TensorPatch
+from .coroutine import Coroutine, current_stack, without_our_frames
+from .entering import is_entered
+from .errors import EditError, NotReachedError, OutOfOrderError, OutsideTraceError, RunEndedError, RunError
+from .nested import described
+
+_open: Final[list["Backward"]] = []
+"""The blocks that are open, on whatever stack; a block is found by its stack."""
+
+
+class Arrival:
+    """Where a backward pass is paused: at a node of the graph, with the gradients of what that node has made."""
+
+    __slots__ = ("gradients", "node")
+
+    def __init__(self, node: Node, gradients: tuple[torch.Tensor | None, ...]) -> None:
+        self.node = node
+        self.gradients = [*gradients]
+
+
+class Backward:
+    """One backward pass, begun by `with` and ended when the block is left."""
+
+    def __init__(self, loss: torch.Tensor, run: Callable[[], None]) -> None:
+        """`run` is the whole backward pass of `loss`; nothing runs before a gradient is asked for."""
+        self._loss = loss
+        self._pass = Coroutine(_on_this_thread, run)
+        self._stack: Any = None
+        self._at: Arrival | None = None
+        self._hooks: dict[Node, Any] = {}
+
+    def __enter__(self) -> "Backward":
+        if self._pass.begun or self._stack is not None:
+            raise RunError("This backward pass has run already.", "Call `loss.backward()` once more for a second one.")
+        edge_of(self._loss, "the loss")  # refused here, where it has none
+        self._stack = current_stack()
+        _open.append(self)
+        gradients_here.begin()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        without_our_frames(traceback)
+        try:
+            while error is None and not self._pass.finished:
+                self._go_on()
+        finally:
+            _open.remove(self)
+            gradients_here.end()
+            self._end()
+
+    def run(self) -> None:
+        """Run all of it at once, without a block."""
+        with self:
+            pass
+
+    @property
+    def waits_here(self) -> bool:
+        """Whether this is the stack that the block was opened on."""
+        return self._stack is current_stack()
+
+    def gradient(self, edge: GradientEdge, asked: str) -> torch.Tensor | None:
+        """The gradient of a place in the graph: the backward pass goes on until it has it."""
+        return self._reached(edge, asked).gradients[edge.output_nr]
+
+    def replace(self, edge: GradientEdge, value: Any, asked: str) -> None:
+        """Have the backward pass go on with `value` as the gradient of a place in the graph."""
+        at = self._reached(edge, asked)
+        there = at.gradients[edge.output_nr]
+        fits = there is None or (isinstance(value, torch.Tensor) and value.shape == there.shape and value.dtype == there.dtype)
+        if value is not None and not fits:
+            raise EditError(
+                f"{asked} is {described(there)}, and was given {described(value)}.", "Give one of its shape and type."
+            )
+        at.gradients[edge.output_nr] = value
+
+    def _reached(self, edge: GradientEdge, asked: str) -> Arrival:
+        """Go on to a node of the graph."""
+        at, node = self._at, edge.node
+        if at is not None and at.node is node:
+            return at
+        if self._pass.finished:
+            raise RunEndedError("This backward pass has ended.", "Read gradients inside its block.")
+        # Autograd runs nodes by falling sequence number, but for those that add to a leaf's gradient.
+        if at is not None and not _is_leaf(node) and node._sequence_nr() > at.node._sequence_nr():
+            raise self._missed(node, asked)
+        if node not in self._hooks:
+            self._hooks[node] = node.register_prehook(partial(_arrive, self._pass, node))
+        self._go_on()
+        if self._at is None or self._at.node is not node:
+            raise self._missed(node, asked)
+        return self._at
+
+    def _go_on(self) -> None:
+        self._at = None
+        self._at = self._pass.resume()
+
+    def _missed(self, node: Node, asked: str) -> OutOfOrderError | NotReachedError:
+        """Why a gradient is not reached: it has passed, or the loss does not depend on it."""
+        if any(each is node for each in _nodes(get_gradient_edge(self._loss).node)):
+            return OutOfOrderError(
+                f"{asked} has already been computed: gradients come in the reverse order of the forward pass.",
+                "Read it above the gradients of what comes before it in the model.",
+                asked=asked,
+            )
+        return NotReachedError(
+            f"{asked} does not come: the loss does not depend on it.",
+            "Read the gradient of a tensor that the loss is computed from.",
+        )
+
+    def _end(self) -> None:
+        """Close what is left of the pass, and take the hooks out of the graph."""
+        self._at = None
+        try:
+            self._pass.close()
+        finally:
+            for hook in self._hooks.values():
+                hook.remove()
+            self._hooks = {}
+
+
+def _on_this_thread(run: Callable[[], None]) -> None:
+    """On the pass's stack: a hook on another thread could not switch back to the block."""
+    with torch.autograd.set_multithreading_enabled(False):
+        run()
+
+
+def _arrive(running: Coroutine, node: Node, gradients: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    """The hook on a node: pause there, and go on with what its gradients are then."""
+    if current_stack() is not running.stack:
+        raise RunError(
+            "Another backward pass was run in the block of one, and autograd runs what is left of both together.",
+            "Leave the block first, or compute the other gradients before it.",
+        )
+    arrival = Arrival(node, gradients)
+    running.pause(arrival)
+    return tuple(arrival.gradients)
+
+
+def edge_of(tensor: torch.Tensor, what: str) -> GradientEdge:
+    """The place of a tensor in the graph; a sentence where it has none."""
+    if not tensor.requires_grad:
+        raise NotReachedError(
+            f"There is no gradient of {what}: it was computed without a graph ({described(tensor)} does not require one).",
+            "Transformers' `generate` runs under `torch.no_grad()`: use `model.trace`; inputs and frozen weights need "
+            "`requires_grad_()` before they are used.",
+        )
+    return get_gradient_edge(tensor)
+
+
+def here(what: str) -> Backward:
+    """The backward pass whose block is open on this stack."""
+    for each in reversed(_open):
+        if each.waits_here:
+            return each
+    raise OutsideTraceError(f"{what} was read where no backward pass is open.", "Read it inside `with tracer.backward(loss):`.")
+
+
+def _is_leaf(node: Node) -> bool:
+    return node.name().endswith("AccumulateGrad")
+
+
+def _nodes(first: Node) -> Iterator[Node]:
+    """All nodes that a backward pass from `first` comes by."""
+    known, waiting = {first}, [first]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        further = {each for each, _ in node.next_functions if each is not None} - known
+        known |= further
+        waiting.extend(further)
+
+
+# What `Tensor.grad` and `Tensor.backward` mean while a block that needs it is open
+
+
+def _grad(torchs: Any) -> property:
+    """`Tensor.grad` on the stack of an open block; elsewhere torch's own."""
+
+    def read(tensor: torch.Tensor) -> Any:
+        for each in reversed(_open):
+            if each.waits_here:
+                return each.gradient(edge_of(tensor, "the tensor"), _spelled(tensor))
+        return torchs.__get__(tensor)
+
+    def write(tensor: torch.Tensor, value: Any) -> None:
+        for each in reversed(_open):
+            if each.waits_here:
+                return each.replace(edge_of(tensor, "the tensor"), value, _spelled(tensor))
+        torchs.__set__(tensor, value)
+
+    return property(read, write, torchs.__delete__)
+
+
+def _backward(torchs: Any) -> Any:
+    """`Tensor.backward`, which waits for the block where it is what a `with` statement enters."""
+
+    def backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        run = partial(torchs, self, *args, **kwargs)
+        return Backward(self, run) if is_entered(sys._getframe(1)) else run()
+
+    return backward
+
+
+gradients_here: Final = TensorPatch("grad", _grad)
+backward_blocks: Final = TensorPatch("backward", _backward)
+
+
+def _spelled(tensor: torch.Tensor) -> str:
+    return f"The gradient of a tensor {described(tensor)}"
