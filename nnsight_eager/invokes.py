@@ -22,6 +22,7 @@ from .batching import Given
 from .blocks import Block
 from .bodies import Body
 from .captured import Captured
+from .coroutine import without_our_frames
 from .errors import InvokeError, OutsideTraceError
 from .names import Names, begin, end
 from .paths import spelled
@@ -157,7 +158,11 @@ class InvokeInPlace:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        return self._trace.end_alone(error)
+        try:
+            return self._trace.end_alone(error)
+        except BaseException as raised:
+            raised.__traceback__ = without_our_frames(raised.__traceback__)
+            raise
 
     def __call__(self, function: Callable[[], Any]) -> "InvokeInPlace":
         """Run `function` now."""

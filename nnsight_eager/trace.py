@@ -80,22 +80,21 @@ class Trace:
         without_our_frames(traceback)  # the reader's own lines remain
         try:
             return self._leave(error)
+        except BaseException as raised:
+            raised.__traceback__ = without_our_frames(raised.__traceback__)
+            raise
         finally:
             if self._blocks_of_backward:
                 self._blocks_of_backward = False
                 backward_blocks.end()
 
     def _leave(self, error: BaseException | None) -> bool:
-        """End whatever has been begun."""
+        """End whatever has been begun; whether `error` has thereby done what it was raised for."""
         if self._invokes is None:
             return self._end(error)
         if self._results is None and error is None:
             leave(self._invokes)
-            try:
-                self._run_invokes(self._invokes)
-            except BaseException as raised:
-                raised.__traceback__ = without_our_frames(raised.__traceback__)
-                raise
+            self._run_invokes(self._invokes)
         else:
             self._invokes.open = False
             leave(self._invokes)
@@ -125,9 +124,6 @@ class Trace:
         if error is None:
             try:
                 run.finish()
-            except BaseException as raised:
-                raised.__traceback__ = without_our_frames(raised.__traceback__)
-                raise
             finally:
                 leave(run)
                 run.close()

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "lending": {"batching", "bodies", "errors", "nested", "visits"},
     "shared": {"batching", "bodies", "coroutine", "ears", "errors", "lending", "paths", "run", "visits", "waiting"},
     "captured": {"blocks", "errors", "names", "skipping"},
-    "invokes": {"batching", "blocks", "bodies", "captured", "errors", "names", "paths", "visits"},
+    "invokes": {"batching", "blocks", "bodies", "captured", "coroutine", "errors", "names", "paths", "visits"},
     "edits": {"blocks", "bodies", "captured", "errors", "names", "paths", "shared"},
     "points": {"attention", "backward", "errors", "nested", "paths", "run", "visits", "waiting"},
     "tree": {"coroutine", "current", "ears", "errors", "paths", "points", "run", "source", "visits"},
