@@ -23,6 +23,7 @@ NnsightEagerError
 │   └── BatchError            several inputs that do not go into one batch
 ├── PathError                 no module has that path
 ├── CacheError                a cache does not hold, or cannot keep, what is asked of it
+├── ExtractError              activations cannot be extracted as is asked, or a folder does not hold them
 ├── LoadError                 a model cannot be loaded
 └── InternalError             our bug: please report it
 
@@ -134,6 +135,10 @@ class PathError(NnsightEagerError):
 
 class CacheError(NnsightEagerError):
     """A cache does not hold, or cannot keep, what is asked of it."""
+
+
+class ExtractError(NnsightEagerError):
+    """Activations cannot be extracted as is asked, or a folder does not hold them."""
 
 
 class LoadError(NnsightEagerError):
