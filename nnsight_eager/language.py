@@ -176,7 +176,10 @@ class LanguageModel(NNsight):
 
     def _without_cache(self, rows: list[Row]) -> dict[str, Any]:
         """The keywords of a forward pass on rows of ids, which nothing goes on from."""
-        return self._inputs.prepare((rows,), {"use_cache": False} if "use_cache" in self._takes else {})
+        inputs = self._inputs._replace(
+            pad=self._pad or 0
+        )  # ids may be given without a tokenizer, and the mask hides the padding
+        return inputs.prepare((rows,), {"use_cache": False} if "use_cache" in self._takes else {})
 
     def _view(self) -> NNsight:
         self.dispatch()  # the view has the same weights, so they are loaded for both
