@@ -69,11 +69,12 @@ def sharded(batches: Iterable[Batch], lengths: Sequence[int], tokens: int) -> li
 
 
 def _listed(texts: Any) -> Iterable[Any]:
-    """The rows of what was given; a sentence where it has none."""
-    if isinstance(texts, (str, bytes, Mapping)) or not (hasattr(texts, "__iter__") or hasattr(texts, "__getitem__")):
+    """The rows of what was given; a sentence where going over it would not give rows, but letters or the names of columns."""
+    has_rows = hasattr(texts, "__iter__") or hasattr(texts, "__getitem__")
+    if not has_rows or isinstance(texts, (str, bytes, Mapping)) or hasattr(texts, "columns"):
         raise InputError(
-            f"The data set is a `{type(texts).__name__}`, which has no rows.",
-            'Give a list of texts, of token ids or of dicts, or a data set: `model.extract(["The Eiffel Tower"], ...)`.',
+            f"The data set is a `{type(texts).__name__}`, which is no sequence of rows.",
+            "Give a list of texts, of token ids or of dicts, a `datasets.Dataset`, or one column of a table.",
         )
     return texts  # type: ignore[no-any-return]
 

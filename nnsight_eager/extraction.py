@@ -5,7 +5,8 @@
 
 A file is written beside its place, flushed and moved there, so it is whole or absent. The index comes first and says what each
 shard will hold; a shard has whole batches, and the batches follow from the request. So whoever comes after a kill makes the
-missing shards of the same forward passes, and they are the same to the bit.
+missing shards of the same forward passes, and they are the same to the bit (where torch computes the same twice: on one machine,
+with as many threads, and without dropout).
 """
 
 import hashlib
@@ -64,6 +65,7 @@ class Extraction:
         self._lengths = [len(row) for row in rows]
         self._options = options
         self._batches = batched(self._lengths, options.batch_tokens)
+        self._request = self._requested()
 
     def write(self, folder: Path) -> None:
         """Make what is missing in `folder`; nothing runs where all is there."""
@@ -82,16 +84,9 @@ class Extraction:
                     _write(shard_path(folder, number), self._shard(shards[number], index.points, advance))
 
     def _index_in(self, folder: Path) -> Index:
-        """What the folder will hold, read where it is there already, else found out and written."""
-        index, request = index_of(folder), self._request()
-        if index is None:
-            if any(folder.glob("shard-*.safetensors")):
-                raise ExtractError(f"`{folder}` has shards and no `{INDEX}`.", "Give a new folder, or empty this one.")
-            points = self._survey()
-            shards = [[row for batch in shard for row in batch] for shard in self._shards(points)]
-            index = Index(type(self._model._module).__name__, request, points, self._lengths, shards)
-            _write(folder / INDEX, index.written().encode())
-        differing = [name for name, value in request.items() if index.request.get(name) != value]
+        """What the folder will hold, if that is what this extraction would put there."""
+        index = index_of(folder) or self._begun(folder)
+        differing = [name for name, value in self._request.items() if index.request.get(name) != value]
         if differing:
             raise ExtractError(
                 f"`{folder}` holds the activations of another request, with other {' and '.join(differing)}.",
@@ -99,7 +94,17 @@ class Extraction:
             )
         return index
 
-    def _request(self) -> dict[str, Any]:
+    def _begun(self, folder: Path) -> Index:
+        """Find out what the folder will hold, and write that down."""
+        if any(folder.glob("shard-*.safetensors")):
+            raise ExtractError(f"`{folder}` has shards and no `{INDEX}`.", "Give a new folder, or empty this one.")
+        points = self._survey()
+        shards = [[row for batch in shard for row in batch] for shard in self._shards(points)]
+        index = Index(type(self._model._module).__name__, self._request, points, self._lengths, shards)
+        _write(folder / INDEX, index.written().encode())
+        return index
+
+    def _requested(self) -> dict[str, Any]:
         """What has to be the same for an extraction to go on; each is named in a refusal."""
         return {
             "texts": _digest(self._rows),

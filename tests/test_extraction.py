@@ -83,6 +83,18 @@ def test_shards_hold_every_token_once_with_its_row_and_position(gpt2, tmp_path):
             assert torch.equal(found[row, position][1], part["transformer.h.1"][position])
 
 
+class DataSet:
+    """Rows as the `datasets` library gives them."""
+
+    column_names = ("text", "label")
+
+    def __len__(self):
+        return len(TEXTS)
+
+    def __getitem__(self, row):
+        return {"text": TEXTS[range(len(TEXTS))[row]], "label": 1}
+
+
 def test_a_data_set_may_have_texts_ids_and_dicts(gpt2, tmp_path):
     ids = gpt2.tokenizer(TEXTS)["input_ids"]
     kinds = {
@@ -91,6 +103,7 @@ def test_a_data_set_may_have_texts_ids_and_dicts(gpt2, tmp_path):
         "tensors": [torch.tensor(row) for row in ids],
         "text": [{"text": text, "label": 1} for text in TEXTS],
         "tokenized": [{"text": "other", "input_ids": row} for row in ids],
+        "data set": DataSet(),
         "mixed": [TEXTS[0], ids[1], {"text": TEXTS[2]}, {"input_ids": ids[3]}, tuple(ids[4])],
     }
     for name, given in kinds.items():
@@ -277,15 +290,25 @@ def test_two_processes_do_not_write_at_the_same_folder(gpt2, tmp_path):
 # What is refused
 
 
+class Table:
+    """A data frame: going over it gives the names of its columns."""
+
+    columns = ("text",)
+
+    def __iter__(self):
+        return iter(self.columns)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "sentence"),
     [
         ({"texts": []}, EmptyInputError, "The data set has no texts."),
         ({"texts": ["a", ""]}, EmptyInputError, "Row 1 of the data set has no tokens: ''."),
         ({"texts": [[1], []]}, EmptyInputError, "Row 1 of the data set has no tokens: []."),
-        ({"texts": "The Eiffel"}, InputError, "The data set is a `str`, which has no rows."),
-        ({"texts": {"text": ["a"]}}, InputError, "The data set is a `dict`, which has no rows."),
-        ({"texts": 3}, InputError, "The data set is a `int`, which has no rows."),
+        ({"texts": "The Eiffel"}, InputError, "The data set is a `str`, which is no sequence of rows."),
+        ({"texts": {"text": ["a"]}}, InputError, "The data set is a `dict`, which is no sequence of rows."),
+        ({"texts": Table()}, InputError, "The data set is a `Table`, which is no sequence of rows."),
+        ({"texts": 3}, InputError, "The data set is a `int`, which is no sequence of rows."),
         ({"texts": ["a", None]}, InputError, "Row 1 of the data set is a `NoneType`, which is neither a text nor token ids."),
         ({"texts": [{"story": "a"}]}, InputError, "Row 0 of the data set has no `text` or `input_ids`; it has `story`."),
         ({"texts": [{"text": "a"}], "column": "b"}, InputError, "Row 0 of the data set has no `b`; it has `text`."),
