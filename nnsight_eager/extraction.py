@@ -5,8 +5,8 @@
 
 A file is written beside its place, flushed and moved there, so it is whole or absent. The index comes first and says what each
 shard will hold; a shard has whole batches, and the batches follow from the request. So whoever comes after a kill makes the
-missing shards of the same forward passes, and they are the same to the bit (where torch computes the same twice: on one machine,
-with as many threads, and without dropout).
+missing shards of the same forward passes, and they are the same to the bit, where torch computes the same twice: on one
+machine, with as many threads, without dropout.
 """
 
 import hashlib

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Final
 
-PATIENCE = 1.0
+PATIENCE: Final = 1.0
 """How many seconds a piece of work may take before anything is shown."""
 
 
