@@ -7,6 +7,7 @@
 Everything here follows from the arguments alone, so that an extraction that was killed goes on with the same batches.
 """
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ Batch = list[int]
 
 def token_rows(texts: Any, tokenizer: Any, column: str | None = None, max_length: int | None = None) -> list[Row]:
     """The token ids of every text, cut to `max_length` where it is given; an error names the row it is about."""
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        raise InputError(f"`max_length` was given {max_length!r}.", "Give a whole number of at least 1.")
     given = [_content(each, number, column) for number, each in enumerate(_listed(texts))]
     if not given:
         raise EmptyInputError("The data set has no texts.", "Give at least one.")
@@ -107,8 +110,8 @@ def _tokenized(texts: list[str], tokenizer: Any, max_length: int | None) -> list
 def _ids(given: Any, number: int) -> Row:
     """Token ids as a list."""
     try:
-        return [int(token) for token in given]
-    except (TypeError, ValueError):
+        return [operator.index(token) for token in (given.tolist() if hasattr(given, "tolist") else given)]
+    except TypeError:
         raise InputError(
             f"Row {number} of the data set is a `{type(given).__name__}`, which is neither a text nor token ids.",
             "Give each row as text, as a list of token ids, or as a dict that has one of them.",

@@ -162,9 +162,9 @@ class LanguageModel(NNsight):
         and the padding is not stored. The forward pass is stopped behind the last point.
 
         Called again as it was after it was killed, it goes on, and the folder becomes the same to the bit; a folder that is
-        finished is read. Texts longer than the model has positions are refused, or cut with `max_length`. Raises `InputError`
-        for such texts, `PathError` for an unknown path, `ExtractError` for a point that has no value for each token and for a
-        folder that another request has written.
+        finished is read. That the weights are the same is told by a few values of each. Texts longer than the model has
+        positions are refused, or cut with `max_length`. Raises `InputError` for what is no text, `PathError` for an unknown
+        path, `ExtractError` for a point that has no value for each token and for a folder that another request has written.
         """
         rows = token_rows(texts, self.tokenizer, column, max_length)
         self.dispatch()
@@ -176,9 +176,8 @@ class LanguageModel(NNsight):
 
     def _without_cache(self, rows: list[Row]) -> dict[str, Any]:
         """The keywords of a forward pass on rows of ids, which nothing goes on from."""
-        inputs = self._inputs._replace(
-            pad=self._pad or 0
-        )  # ids may be given without a tokenizer, and the mask hides the padding
+        # Ids may be given without a tokenizer; the mask hides whatever pads them.
+        inputs = self._inputs._replace(pad=self._pad or 0)
         return inputs.prepare((rows,), {"use_cache": False} if "use_cache" in self._takes else {})
 
     def _view(self) -> NNsight:

@@ -310,6 +310,13 @@ class Table:
         ({"texts": Table()}, InputError, "The data set is a `Table`, which is no sequence of rows."),
         ({"texts": 3}, InputError, "The data set is a `int`, which is no sequence of rows."),
         ({"texts": ["a", None]}, InputError, "Row 1 of the data set is a `NoneType`, which is neither a text nor token ids."),
+        ({"texts": [[1], [0.5]]}, InputError, "Row 1 of the data set is a `list`, which is neither a text nor token ids."),
+        (
+            {"texts": torch.ones(2, 1, 3).long()},
+            InputError,
+            "Row 0 of the data set is a `Tensor`, which is neither a text nor token ids.",
+        ),
+        ({"max_length": 0}, InputError, "`max_length` was given 0."),
         ({"texts": [{"story": "a"}]}, InputError, "Row 0 of the data set has no `text` or `input_ids`; it has `story`."),
         ({"texts": [{"text": "a"}], "column": "b"}, InputError, "Row 0 of the data set has no `b`; it has `text`."),
         ({"texts": [[1], [1] * 129]}, InputError, "Row 1 of the data set has 129 tokens; the model has 128 positions."),
