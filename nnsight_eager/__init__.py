@@ -9,6 +9,7 @@ with model.trace("The Eiffel Tower is in the city of"):
     logits = model.lm_head.output
 """
 
+from .activations import Activations as Activations
 from .cache import Cache as Cache
 from .compat import add_save_to_tensors, save as save
 from .errors import (
@@ -18,6 +19,7 @@ from .errors import (
     DeadlockError as DeadlockError,
     EditError as EditError,
     EmptyInputError as EmptyInputError,
+    ExtractError as ExtractError,
     InputError as InputError,
     InsideForwardError as InsideForwardError,
     InternalError as InternalError,

@@ -24,6 +24,7 @@ NnsightEagerError
 ├── PathError                 no module has that path
 ├── SourceError               the operations inside a forward cannot be told
 ├── CacheError                a cache does not hold, or cannot keep, what is asked of it
+├── ExtractError              activations cannot be extracted as is asked, or a folder does not hold them
 ├── LoadError                 a model cannot be loaded
 └── InternalError             our bug: please report it
 
@@ -139,6 +140,10 @@ class SourceError(NnsightEagerError):
 
 class CacheError(NnsightEagerError):
     """A cache does not hold, or cannot keep, what is asked of it."""
+
+
+class ExtractError(NnsightEagerError):
+    """Activations cannot be extracted as is asked, or a folder does not hold them."""
 
 
 class LoadError(NnsightEagerError):

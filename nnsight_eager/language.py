@@ -10,12 +10,16 @@ model.tokenizer.decode(tracer.result[0])
 import inspect
 from collections.abc import Callable, Sequence
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .activations import Activations
 from .batching import Given, with_shared
+from .dataset import Row, refuse_longer, token_rows
 from .errors import InputError
+from .extraction import Extraction, Options
 from .inputs import Inputs
 from .loading import Source, source, tokenizer_for
 from .model import NNsight
@@ -132,6 +136,49 @@ class LanguageModel(NNsight):
             name = type(self._module).__name__
             raise InputError(f"`{name}` does not generate.", "Use `model.trace(...)`, or load a model with a language head.")
         return self._traced("generate", inputs, keywords, batched)
+
+    def extract(
+        self,
+        texts: Any,
+        points: Any,
+        out: str | PathLike[str],
+        *,
+        batch_tokens: int = 8192,
+        dtype: torch.dtype | None = None,
+        column: str | None = None,
+        max_length: int | None = None,
+        shard_bytes: int = 2**28,
+    ) -> Activations:
+        """Run the model on a data set and keep the activations of all its tokens in a folder.
+
+            activations = model.extract(texts, ["transformer.h.*"], "folder", dtype=torch.float16)
+            activations[7]["transformer.h.5"]               # text 7: [seq, hidden], memory-mapped
+            for shard in activations.shards():              # all tokens, to train on
+                shard["transformer.h.5"], shard.rows        # [tokens, hidden], [tokens]
+
+        `texts` are texts, lists of token ids, or dicts that have one of them as `text`, `input_ids` or the `column` named, as
+        the rows of a `datasets.Dataset` do. `points` are envoys or paths, `*` standing for any one name; stored is the first
+        tensor of a module's output, `[batch, seq, ...]`. Texts of like length are padded to batches of at most `batch_tokens`,
+        and the padding is not stored. The forward pass is stopped behind the last point.
+
+        Called again as it was after it was killed, it goes on, and the folder becomes the same to the bit; a folder that is
+        finished is read. That the weights are the same is told by a few values of each. Texts longer than the model has
+        positions are refused, or cut with `max_length`. Raises `InputError` for what is no text, `PathError` for an unknown
+        path, `ExtractError` for a point that has no value for each token and for a folder that another request has written.
+        """
+        rows = token_rows(texts, self.tokenizer, column, max_length)
+        self.dispatch()
+        refuse_longer(rows, getattr(getattr(self._module, "config", None), "max_position_embeddings", None))
+        modules = self._chosen(() if points is None else points)
+        options = Options(batch_tokens, dtype, shard_bytes)
+        Extraction(self, self._without_cache, modules, rows, options).write(Path(out))
+        return Activations(out)
+
+    def _without_cache(self, rows: list[Row]) -> dict[str, Any]:
+        """The keywords of a forward pass on rows of ids, which nothing goes on from."""
+        # Ids may be given without a tokenizer; the mask hides whatever pads them.
+        inputs = self._inputs._replace(pad=self._pad or 0)
+        return inputs.prepare((rows,), {"use_cache": False} if "use_cache" in self._takes else {})
 
     def _view(self) -> NNsight:
         self.dispatch()  # the view has the same weights, so they are loaded for both

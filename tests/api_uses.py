@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from nnsight_eager import Cache, Envoy, LanguageModel, NNsight, OutOfOrderError, Trace, save, shapes
+from nnsight_eager import Activations, Cache, Envoy, LanguageModel, NNsight, OutOfOrderError, Trace, save, shapes
 
 
 def read_and_edit(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -88,3 +88,11 @@ def shapes_alone(model: LanguageModel) -> None:
     with model.scan("The Eiffel Tower"):
         model.transformer.h[5].attn.pattern.shape
     model.map("The Eiffel Tower").rows[0].output
+
+
+def extracted(model: LanguageModel) -> list[torch.Tensor]:
+    points = ["transformer.h.*", model.lm_head]
+    activations: Activations = model.extract(["The Eiffel Tower"], points, "folder", batch_tokens=64, dtype=torch.float16)
+    text = activations[0]
+    width: int = Activations("folder").points["lm_head"].shape[0]
+    return [text.tokens, text["lm_head"][:, :width], *(shard["transformer.h.5"] for shard in activations.shards())]

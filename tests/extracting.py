@@ -1,0 +1,76 @@
+"""Extract in processes of their own that are killed at random moments; prints how many left a half-written file.
+
+    python extracting.py FOLDER SEED
+
+Writes `FOLDER/whole`, which nobody interrupted, and `FOLDER/0` to `FOLDER/9`, each killed three times and then let go.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import transformers
+
+from nnsight_eager import LanguageModel
+
+
+def tiny():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    return LanguageModel(transformers.GPT2LMHeadModel(config).eval())
+
+
+def rows():
+    draw = random.Random(0)
+    return [[draw.randrange(1, 320) for _ in range(draw.randrange(1, 40))] for _ in range(60)]
+
+
+def extract(model, folder):
+    model.extract(rows(), ["transformer.h.*", model.transformer.wte], folder, batch_tokens=80, shard_bytes=40_000)
+
+
+def begun(model, folder):
+    """Extract in a process that was forked, where files take their time to be written; its id."""
+    child = os.fork()
+    if child:
+        return child
+    flush = os.fsync
+    os.fsync = lambda file: (time.sleep(0.005), flush(file))
+    try:
+        extract(model, folder)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def ended(child):
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL), status
+
+
+def main(folder, seed):
+    torch.set_num_threads(1)  # no threads, which a fork would lose
+    model, draw, half_written = tiny(), random.Random(seed), 0
+    start = time.monotonic()
+    ended(begun(model, folder / "whole"))
+    whole = time.monotonic() - start
+    for number in range(10):
+        for _ in range(3):
+            child = begun(model, folder / str(number))
+            time.sleep(draw.uniform(0, whole / 2))
+            os.kill(child, signal.SIGKILL)
+            ended(child)
+            half_written += any((folder / str(number)).glob("*.part"))
+        ended(begun(model, folder / str(number)))
+    print(half_written)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
