@@ -101,7 +101,7 @@ def index_of(folder: Path) -> Index | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Stored:
     """Tokens that follow each other in one shard: those of a text, or all of them."""
 
     file: Path
@@ -193,22 +193,22 @@ class Activations:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, text: int) -> Part:
+    def __getitem__(self, text: int) -> Stored:
         """One text, by its row in the data set."""
         number = operator.index(text)
         if not -len(self) <= number < len(self):
             raise IndexError(f"There are {len(self)} texts; there is no [{number}].")
         number %= len(self)
         shard, start = self._places[number]
-        return Part(shard_path(self.folder, shard), start, start + self.lengths[number], self.points)
+        return Stored(shard_path(self.folder, shard), start, start + self.lengths[number], self.points)
 
-    def __iter__(self) -> Iterator[Part]:
+    def __iter__(self) -> Iterator[Stored]:
         return (self[text] for text in range(len(self)))
 
-    def shards(self) -> Iterator[Part]:
+    def shards(self) -> Iterator[Stored]:
         """The shards one after another: all tokens of all texts, long texts first."""
         for number in range(len(self._index.shards)):
-            yield Part(shard_path(self.folder, number), 0, self._index.tokens_in(number), self.points)
+            yield Stored(shard_path(self.folder, number), 0, self._index.tokens_in(number), self.points)
 
     def __repr__(self) -> str:
         tokens = sum(self.lengths)

@@ -75,8 +75,10 @@ class Cache:
     times, as in a generation, has `.visits`. `cache.save(path)` and `Cache.load(path)` write and read a safetensors file.
     """
 
-    def __init__(self, entries: dict[str, list[Entry]] | None = None) -> None:
+    def __init__(self, entries: dict[str, list[Entry]] | None = None, own: Callable[[str], str] = str) -> None:
+        """`own` gives the path in the model's own names, which values are kept by, of one in other names."""
         self._entries: dict[str, list[Entry]] = {} if entries is None else entries
+        self._own = own
 
     def watcher(self, path: str, keep: Keep, part: Callable[[Any, str], Any], *, named: bool = True) -> Callable[[Visit], None]:
         """What is called at each visit of the module at `path`; `part` narrows a value to what is to be seen of it.
@@ -116,17 +118,17 @@ class Cache:
         return iter(self._entries)
 
     def __contains__(self, path: object) -> bool:
-        return path in self._entries
+        return isinstance(path, str) and self._own(path) in self._entries
 
     def __getitem__(self, path: str) -> "Cached":
-        if path not in self._entries and path.startswith("model.") and path[6:] in self._entries:
+        if path not in self._entries and path.startswith("model.") and self._own(path[6:]) in self._entries:
             path = path[6:]
-        return Cached(self, path)._checked()
+        return Cached(self, self._own(path))._checked()
 
     def __getattr__(self, name: str) -> "Cached":
         if name.startswith("_"):
             raise AttributeError(name)
-        return Cached(self, name)._checked()
+        return Cached(self, self._own(name))._checked()
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *(path.split(".")[0] for path in self._entries if path)})
@@ -226,7 +228,7 @@ class Cached:
     def __getattr__(self, name: str) -> "Cached":
         if name.startswith("_"):
             raise AttributeError(name)
-        return Cached(self._cache, f"{self._path}.{name}")._checked()
+        return Cached(self._cache, self._cache._own(f"{self._path}.{name}"))._checked()
 
     def __getitem__(self, key: int | str) -> "Cached":
         if isinstance(key, int) and key < 0:

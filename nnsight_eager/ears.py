@@ -1,6 +1,6 @@
 """One run's ears at the modules of its model: put up where somebody asks, taken down when the run ends.
 
-    ears = Ears(root, "forward", forward, Memory())
+    ears = Ears(root, "forward", forward, memory)
     ears.at(layer).stop_after = True      # the forward pauses when the layer has its output
     ears.take_down()
 
@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from .aliases import Aliases
 from .errors import RunEndedError
 from .inside import Apart, Part
 from .order import Order
@@ -26,10 +27,11 @@ P = TypeVar("P", bound=Part)
 class Memory:
     """What the runs of one model leave for the next: the order learned for each kind of call, ears and parts to use again."""
 
-    __slots__ = ("compiled", "orders", "parts", "visits")
+    __slots__ = ("aliases", "compiled", "orders", "parts", "visits")
 
-    def __init__(self) -> None:
-        """Nothing has run yet."""
+    def __init__(self, aliases: Aliases) -> None:
+        """Nothing has run yet. `aliases` are the model's other names, which messages use."""
+        self.aliases = aliases
         self.orders: dict[str, Order] = {}
         self.visits: dict[int, Visit] = {}
         self.parts: dict[Hashable, Part] = {}

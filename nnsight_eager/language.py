@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .activations import Activations
+from .aliases import Rename
 from .batching import Given, with_shared
 from .dataset import Row, refuse_longer, token_rows
 from .errors import InputError
@@ -67,6 +68,7 @@ class LanguageModel(NNsight):
         attn_implementation: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        rename: Rename | None = None,
         **from_pretrained: Any,
     ) -> None:
         """Wrap a loaded module, or a model by its name or folder, whose weights are loaded at the first run.
@@ -74,8 +76,8 @@ class LanguageModel(NNsight):
             model = LanguageModel("openai-community/gpt2")
             model = LanguageModel(hf_model, tokenizer=hf_tokenizer)
 
-        `dispatch=True` loads the weights at once. What else is given goes to `from_pretrained`. Raises `LoadError` where there
-        is no such model.
+        `dispatch=True` loads the weights at once; `rename` gives modules other names, as for `NNsight`. What else is given
+        goes to `from_pretrained`. Raises `LoadError` where there is no such model.
         """
         named = {"device_map": device_map, "dtype": dtype, "attn_implementation": attn_implementation, "revision": revision}
         options = {name: value for name, value in named.items() if value is not None} | from_pretrained
@@ -86,9 +88,9 @@ class LanguageModel(NNsight):
             name = fspath(name_or_path_or_module)
             self._source = source(name, options)
             tokenizer = name if tokenizer is None else tokenizer
-            super().__init__(self._source.skeleton())
+            super().__init__(self._source.skeleton(), rename)
         else:
-            super().__init__(name_or_path_or_module)
+            super().__init__(name_or_path_or_module, rename)
         self.tokenizer = tokenizer_for(tokenizer, options) if isinstance(tokenizer, str) else tokenizer
         if dispatch:
             self.dispatch()

@@ -14,9 +14,11 @@ from typing import Any, Final
 
 import torch
 
+from .aliases import Aliases, Rename
 from .batching import Given, joined, with_shared
 from .cache import Cache, Positions
 from .constants import ablate, steer
+from .ears import Memory
 from .edits import Edit, EditBlock, label_of
 from .errors import EditError, InputError
 from .paths import spelled
@@ -31,14 +33,21 @@ CACHE_OPTIONS: Final = ("device", "dtype", "detach", "include_output", "include_
 class NNsight(Envoy):
     """The root of the envoys of any module; `trace` runs it."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        """Wrap `module`, which is not changed: outside a trace it runs at its own speed."""
+    def __init__(self, module: torch.nn.Module, rename: Rename | None = None) -> None:
+        """Wrap `module`, which is not changed: outside a trace it runs at its own speed.
+
+            model = NNsight(module, rename={"transformer.h": "layers", GPT2MLP: "mlp", "*.attn": "attention"})
+            model.layers[2].attention           # the same envoy as `model.transformer.h[2].attn`
+
+        `rename` gives modules other names, which paths, messages and caches know too: a key is a path, `*` standing for any one
+        name, or a class. Raises `PathError` for a name that is taken.
+        """
         if not isinstance(module, torch.nn.Module):
             raise InputError(
                 f"`{type(self).__name__}(...)` was given `{type(module).__name__}`, which is not a `torch.nn.Module`.",
                 "Pass the module itself; `LanguageModel` also takes a model's name or folder.",
             )
-        super().__init__(module, "", Tree(module))
+        super().__init__(module, "", Tree(module, Memory(Aliases(module, rename, type(self)))))
         self._tree.model = weakref.ref(self)
 
     def trace(self, *args: Any, fn: str | Callable[..., Any] | None = None, batched: bool = True, **kwargs: Any) -> Trace:
@@ -149,14 +158,15 @@ class NNsight(Envoy):
         """The same model with edits of its own, beginning with those it has."""
         view = copy.copy(self)
         view._children = {}
-        view._tree = Tree(self._module, memory=self._tree.memory)
+        view._tree = Tree(self._module, self._tree.memory)
         view._tree.model = weakref.ref(view)
         view._tree.edits = [*self._tree.edits]
         return view
 
     def __repr__(self) -> str:
-        edits = "".join(f"\n  {edit!r}" for edit in self._tree.edits)
-        return super().__repr__() + (f"\nwith{edits}" if edits else "")
+        lines = [f"{spelled(name)} is {spelled(own)}" for name, own in self._tree.memory.aliases]
+        lines += [repr(edit) for edit in self._tree.edits]
+        return "\nwith\n  ".join(["\n  ".join(each) for each in ([super().__repr__()], lines) if each])
 
     def batch(self, inputs: Sequence[Given]) -> tuple[Given, list[int]]:
         """How the inputs of several invokes become one call: the arguments of that call, and the rows of each input.

@@ -6,7 +6,7 @@ spelled("transformer.h.2", "output")             # "model.transformer.h[2].outpu
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -26,21 +26,42 @@ def spelled(path: str, kind: str = "") -> str:
     return "model" + "".join(parts) + (f".{kind}" if kind else "")
 
 
+def _no_others(path: str) -> Mapping[str, str]:
+    """A model without other names."""
+    return {}
+
+
 def near(name: str, names: Iterable[str]) -> str:
     """The end of a sentence that refuses `name`: what it may have been meant for."""
     close = difflib.get_close_matches(name, list(names), n=3)
     return f"; did you mean {' or '.join(f'`{each}`' for each in close)}?" if close else "."
 
 
-def matching(root: torch.nn.Module, pattern: str) -> dict[str, torch.nn.Module]:
-    """The modules at a path in which `*` stands for any one name: `transformer.h.*.mlp`."""
-    wanted = pattern.split(".") if pattern else []
-    return {
-        path: module
-        for path, module in root.named_modules(remove_duplicate=False)
-        if len(names := path.split(".") if path else []) == len(wanted)
-        and all(fnmatch.fnmatchcase(name, part) for name, part in zip(names, wanted, strict=True))
-    }
+def matching(
+    root: torch.nn.Module, pattern: str, others: Callable[[str], Mapping[str, str]] = _no_others
+) -> dict[str, torch.nn.Module]:
+    """The modules at a path in which `*` stands for any one name: `transformer.h.*.mlp`.
+
+    `others` gives the other names there are at a path, each with the path that it stands for.
+    """
+    modules = dict(root.named_modules(remove_duplicate=False))
+    found = {"": None}
+    for wanted in pattern.split(".") if pattern else ():
+        found = {path: None for above in found for path in _below(modules[above], above, wanted, others(above))}
+    return {path: modules[path] for path in found}
+
+
+def _below(module: torch.nn.Module, above: str, wanted: str, others: Mapping[str, str]) -> Iterator[str]:
+    """The paths one name below a module that are `wanted`."""
+    for name, child in module._modules.items():
+        if child is not None and fnmatch.fnmatchcase(name, wanted):
+            yield f"{above}.{name}" if above else name
+    yield from (path for name, path in others.items() if fnmatch.fnmatchcase(name, wanted))
+
+
+def fits(names: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether these names of a path are the `wanted` ones, among which `*` stands for any one name."""
+    return len(names) == len(wanted) and all(map(fnmatch.fnmatchcase, names, wanted))
 
 
 def modules_above(root: torch.nn.Module, module: torch.nn.Module) -> Iterator[torch.nn.Module]:

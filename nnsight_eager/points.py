@@ -18,7 +18,7 @@ from .attention import pattern_of
 from .backward import edge_of, here
 from .errors import ChangedInPlaceError, EditError, NotReachedError, OutOfOrderError
 from .nested import described, first_tensor, with_first_tensor
-from .paths import path_in, spelled
+from .paths import spelled
 from .run import Run
 from .visits import INPUT, NEXT, NEXT_IN_STEP, OUTPUT, Kind, Visit, Which
 
@@ -242,7 +242,7 @@ class AtNextVisit(Points):
             f"The visit that this `{asked}` met is over; the run has moved on.",
             f"Write `{asked}` once more for the visit after this, or keep the value in a variable.",
             asked=asked,
-            paused_at=spelled(path_in(run.root, run.at.module), run.at.kind) if run.at else "",
+            paused_at=spelled(run.path_of(run.at.module), run.at.kind) if run.at else "",
             step=run.step,
         )
 

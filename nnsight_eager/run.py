@@ -1,6 +1,6 @@
 """One model call in progress: where it is paused, who asks, who watches.
 
-    run = Run(root, Call("forward", root, (x,), {}), Memory())
+    run = Run(root, Call("forward", root, (x,), {}), memory)
     visit = run.ask(layer, "output", "layer")      # the forward goes on until the layer has its output, and pauses there
     visit.value
     run.finish()                          # the forward ends; the model is as it was
@@ -158,7 +158,7 @@ class Run:
         owner = self._ears.at(part.owner)
         over = not owner.going_on or owner.kind is OUTPUT
         if owner.going_on and self._ears.of_part(part).passed(part, over or at is not owner, bool(which)):
-            raise self._miss(kind, path, at).too_late(spelled(path_in(self.root, part.owner)))
+            raise self._miss(kind, path, at).too_late(spelled(self.path_of(part.owner)))
         if owner.step == step and visit.step != step and over and not which:
             self._missed(visit, kind, path, at)
 
@@ -194,6 +194,10 @@ class Run:
     def runs_on(self, stack: Any) -> bool:
         """Whether `stack` is that of a body of this run; a run without bodies has none."""
         return False
+
+    def path_of(self, module: torch.nn.Module) -> str:
+        """Where a module or a part stands, in the names the user has given."""
+        return self._ears.memory.aliases.shown(path_in(self.root, module))
 
     def part(self, key: Hashable, make: Callable[[], P]) -> P:
         """The part of this key, made where the model has none yet."""
@@ -337,10 +341,10 @@ class Run:
             came_by = self._ears.of_part(module).came_by(module)
             module = module.owner
             if self._ears.at(module).step == step:
-                raise miss.passed() if came_by else miss.not_taken(spelled(path_in(self.root, module)))
+                raise miss.passed() if came_by else miss.not_taken(spelled(self.path_of(module)))
         for skipped in self._skipped:
             if module is not skipped and any(each is module for each in skipped.modules()):
-                raise miss.skipped(path_in(self.root, skipped))
+                raise miss.skipped(self.path_of(skipped))
         if self._ears.order.runs(module) and (self._beyond or not self._ears.order.runs(module, step)):
             raise miss.no_longer(self._forward.step if self._beyond else None)
         if self._forward.order is None and self._ears.order.runs(module, step):
@@ -352,7 +356,7 @@ class Run:
         step = self._forward.step
         if self.finished and step and not self._beyond:
             step -= 1  # the count goes on at the end of a step, and no other has begun
-        paused_at = spelled(path_in(self.root, before.module), before.kind) if before is not None else ""
+        paused_at = spelled(self.path_of(before.module), before.kind) if before is not None else ""
         return Miss(path, kind, paused_at, step, self.finished)
 
     def _left_out(self, module: torch.nn.Module, skipped: Visit) -> bool:
@@ -374,7 +378,7 @@ class Run:
             return
         module = innermost_module(error, {id(module) for module in self.root.modules()})
         if module is not None:
-            error.add_note(f"The model was running `{spelled(path_in(self.root, module))}`.")
+            error.add_note(f"The model was running `{spelled(self.path_of(module))}`.")
         for edit in self.edits:
             error.add_note(f"Edited before: {edit}")
 

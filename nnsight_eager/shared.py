@@ -1,6 +1,6 @@
 """A run that several bodies ask of: one forward pass, and each body goes on when the model has come to where it waits.
 
-    run = SharedRun(root, call, Memory(), bodies)
+    run = SharedRun(root, call, memory, bodies)
     run.finish()          # the bodies and the forward run to their ends
 
 Bodies and model are resumed from the stack that opened the trace, one at a time. Before the model goes on, every body that can
@@ -18,7 +18,7 @@ from .coroutine import current_stack, inside_forward
 from .ears import Memory
 from .errors import DeadlockError, RunEndedError
 from .lending import Lending, held
-from .paths import path_in, spelled
+from .paths import spelled
 from .run import Call, Run, Stop
 from .visits import FIRST, INPUT, NEXT_IN_STEP, OUTPUT, Kind, Place, Visit, Which
 from .waiting import Waiting
@@ -145,7 +145,7 @@ class SharedRun(Run):
 
     def ran(self, modules: Iterable[torch.nn.Module], step: int) -> list[str]:
         """The paths of those modules that run in `step`, as far as is known."""
-        return [path_in(self.root, each) for each in modules if self._ears.order.runs(each, step)]
+        return [self.path_of(each) for each in modules if self._ears.order.runs(each, step)]
 
     def to_step(self, step: int) -> bool:
         """Pause the body until `step` begins; `False` where the model ends before."""
@@ -189,7 +189,7 @@ class SharedRun(Run):
         """Make the model's what the body has exchanged in the containers it was given."""
         at = self.at
         if at is not None:
-            self._lending.settle(body, at, lambda whole, part: self._written(body, whole, part, path_in(self.root, at.module)))
+            self._lending.settle(body, at, lambda whole, part: self._written(body, whole, part, self.path_of(at.module)))
 
     def _written(self, body: Asker, whole: Any, part: Any, path: str) -> Any:
         """`whole` with the body's rows replaced by `part`."""
@@ -245,7 +245,8 @@ class SharedRun(Run):
 
     def _factors_at(self, path: str) -> Factors:
         """By what the rows may be multiplied at `path` in this step: told by the arguments of the root's call."""
-        return None if is_routed(path) else lambda total: factors_in(self.arguments, total)
+        routed = is_routed(self._ears.memory.aliases.own(path))
+        return None if routed else lambda total: factors_in(self.arguments, total)
 
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from .calls import OperationPart, called_at, no_operation
+from .ears import Memory
 from .errors import OutsideTraceError, SourceError
 from .operations import Dissected, dissected, peeled
 from .paths import path_in, spelled
@@ -31,6 +32,7 @@ class Trees(Protocol):
     """What the envoys of one model share."""
 
     root: torch.nn.Module
+    memory: Memory
 
     def run(self) -> Run:
         """The run that points of this tree belong to."""
@@ -160,10 +162,8 @@ class OperationPoint(Points):
         if visit is not None and called is UNKNOWN:
             called = called_at(visit)
         if isinstance(called, torch.nn.Module):
-            raise SourceError(
-                f"`{spelled(self._path)}` calls a module.",
-                f"Its own source is `{spelled(path_in(self._tree.root, called), 'source')}`.",
-            )
+            path = self._tree.memory.aliases.shown(path_in(self._tree.root, called))
+            raise SourceError(f"`{spelled(self._path)}` calls a module.", f"Its own source is `{spelled(path, 'source')}`.")
         return Source(self._owner, self._owner_path, self._tree, self._names, called)
 
     def _paused(self) -> Visit | None:

@@ -23,7 +23,7 @@ from .current import enter, leave, opening_frames
 from .entering import enters_call_of, is_entered
 from .errors import InputError, InvokeError, RunEndedError, RunError
 from .invokes import Invoke, InvokeInPlace, Invokes, outside_invokes
-from .paths import path_in, spelled
+from .paths import spelled
 from .run import Call, Run, Stop, user_frame
 from .shared import SharedRun
 from .steps import Steps
@@ -218,7 +218,10 @@ class Trace:
         in a padded batch they count padding, so count from the end where it is on the left.
         In an invoke the cache keeps the invoke's rows. Raises `PathError` for a path that names no module.
         """
-        cache, keep = Cache(), Keep(device, dtype, detach, include_output, include_inputs, positions)
+        cache, keep = (
+            Cache(own=self._tree.memory.aliases.own),
+            Keep(device, dtype, detach, include_output, include_inputs, positions),
+        )
         chosen = Envoy(self._tree.root, "", self._tree)._chosen(modules)
 
         def watch(run: Run) -> None:
@@ -323,7 +326,7 @@ class Trace:
     def model(self) -> Envoy:
         """The model's tree bound to this run, for two runs side by side: `b.model.h[3].output = a.model.h[3].output`."""
         if self._view is None:
-            self._view = Envoy(self._tree.root, "", Tree(self._tree.root, self._opened(), self._tree.memory))
+            self._view = Envoy(self._tree.root, "", Tree(self._tree.root, self._tree.memory, self._opened()))
         return self._view
 
     @property
@@ -380,7 +383,7 @@ class Trace:
             count = 0 if self._invokes is None else len(self._invokes.written)
             state = f"{count} invoke{'s' * (count > 1)}" if count else "not begun"
         elif run.at is not None:
-            state = f"paused at {spelled(path_in(run.root, run.at.module), run.at.kind)}, step {run.step}"
+            state = f"paused at {spelled(run.path_of(run.at.module), run.at.kind)}, step {run.step}"
         elif not run.open:
             state = "closed" if run.cut_short else "finished"
         else:

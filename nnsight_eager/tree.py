@@ -5,7 +5,7 @@ layer.mlp.output                    # a point of its child
 layer.ln_1.weight                   # anything else is the module's own
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,10 +32,10 @@ class Tree:
 
     __slots__ = ("bound_to", "edits", "memory", "model", "root")
 
-    def __init__(self, root: torch.nn.Module, bound_to: Run | None = None, memory: Memory | None = None) -> None:
+    def __init__(self, root: torch.nn.Module, memory: Memory, bound_to: Run | None = None) -> None:
         self.root = root
         self.bound_to = bound_to
-        self.memory = Memory() if memory is None else memory
+        self.memory = memory
         self.edits: list[Any] = []  # what every run begins with
         self.model: Callable[[], Any] = _nothing  # the root envoy, weakly, since it holds its tree
 
@@ -45,7 +45,7 @@ class Tree:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy is another model: no run is open in it, and what was learned speaks of other modules.
-        return Tree, (self.root,)
+        return Tree, (self.root, Memory(self.memory.aliases))
 
 
 def _nothing() -> None:
@@ -61,7 +61,8 @@ class Envoy(Points):
 
     def __init__(self, module: torch.nn.Module, path: str, tree: Tree) -> None:
         self._module = module
-        self._path = path
+        self._own_path = path
+        self._path = tree.memory.aliases.shown(path)  # as it is written
         self._tree = tree
         self._children: dict[str, Envoy] = {}
 
@@ -114,7 +115,7 @@ class Envoy(Points):
         self._module = module
         if not self._path:
             self._tree.root = module
-            self._tree.memory = Memory()
+            self._tree.memory = Memory(self._tree.memory.aliases)
         for name, child in self._children.items():
             below = children(module).get(name)
             if below is not None:
@@ -128,12 +129,25 @@ class Envoy(Points):
         assert module is not None
         child = self._children.get(name)
         if child is None or child._module is not module:
-            child = self._children[name] = type(self)._of(module, f"{self._path}.{name}" if self._path else name, self._tree)
+            path = f"{self._own_path}.{name}" if self._own_path else name
+            child = self._children[name] = type(self)._of(module, path, self._tree)
         return child
 
     @classmethod
     def _of(cls, module: torch.nn.Module, path: str, tree: Tree) -> "Envoy":
         return Envoy(module, path, tree)
+
+    @property
+    def _other_names(self) -> Mapping[str, str]:
+        """The names that `rename` gives here."""
+        return self._tree.memory.aliases.at(self._own_path)
+
+    def _by_other_name(self, name: str) -> "Envoy":
+        """The envoy, below this one, of another name."""
+        envoy, depth = self, self._own_path.count(".") + 1 if self._own_path else 0
+        for own in self._other_names[name].split(".")[depth:]:
+            envoy = envoy._child(own)
+        return envoy
 
     def _has_child(self, name: str) -> bool:
         return children(self.__dict__["_module"]).get(name) is not None
@@ -153,6 +167,8 @@ class Envoy(Points):
             return self._child(name)
         if name.endswith("_") and self._has_child(name[:-1]):
             return self._child(name[:-1])
+        if name in self._other_names:
+            return self._by_other_name(name)
         try:
             value = getattr(self._module, name)
         except AttributeError:
@@ -177,6 +193,9 @@ class Envoy(Points):
         elif callable(ours):
             where = spelled(self._path, name)
             raise EditError(f"`{where}` is a method and cannot be assigned.", f"Call it: `{where}(...)`.")
+        elif name in self._other_names:
+            above, _, own = self._other_names[name].rpartition(".")
+            setattr(self._tree.root.get_submodule(above), own, value)
         elif isinstance(value, torch.nn.Module) or hasattr(self._module, child):
             setattr(self._module, child, value)
         else:
@@ -192,9 +211,9 @@ class Envoy(Points):
         if isinstance(key, str):
             envoy = self
             for name in key.split("."):
-                if not envoy._has_child(name):
+                if not envoy._has_child(name) and name not in envoy._other_names:
                     raise KeyError(envoy._unknown(name))
-                envoy = envoy._child(name)
+                envoy = envoy._child(name) if envoy._has_child(name) else envoy._by_other_name(name)
             return envoy
         names = list(children(self._module))
         if isinstance(key, slice):
@@ -213,11 +232,12 @@ class Envoy(Points):
         chosen: dict[str, torch.nn.Module] = {}
         for each in modules:
             if isinstance(each, Envoy):
-                chosen[each._path] = each._module
+                chosen[each._own_path] = each._module
             elif isinstance(each, torch.nn.Module):
                 chosen[path_in(self._module, each)] = each
             else:
-                found = matching(self._module, each) or matching(self._module, str(each).removeprefix("model."))
+                others = self._tree.memory.aliases.at
+                found = matching(self._module, each, others) or matching(self._module, str(each).removeprefix("model."), others)
                 if not found:
                     names = (path for path, _ in self._module.named_modules())
                     raise PathError(
@@ -243,7 +263,7 @@ class Envoy(Points):
 
     def __dir__(self) -> list[str]:
         taken = (f"{name}_" for name in children(self._module) if hasattr(type(self), name))
-        return sorted({*super().__dir__(), *dir(self._module), *taken})
+        return sorted({*super().__dir__(), *dir(self._module), *self._other_names, *taken})
 
     def __repr__(self) -> str:
         return repr(self._module)
