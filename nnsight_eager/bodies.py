@@ -16,7 +16,7 @@ from .batching import Rows
 from .coroutine import Coroutine, current_stack, inside_forward
 from .errors import RunError
 from .paths import spelled
-from .visits import FIRST, NEXT, OUTPUT, Kind, Visit, Which
+from .visits import FIRST, NEXT, OUTPUT, Applied, Kind, Visit, Which
 
 
 class Awaited(NamedTuple):
@@ -29,6 +29,8 @@ class Awaited(NamedTuple):
     step: int | None = None
     until: Visit | None = None
     """Whose output ends the waiting as well."""
+    applied: Applied | None = None
+    """A call in the forward pass."""
 
     @property
     def visits(self) -> tuple[Visit | None, ...]:
@@ -39,6 +41,10 @@ class Awaited(NamedTuple):
         """Whether a pause at `visit`, one of these, is what is waited for."""
         return visit.kind is (self.kind if visit is self.visit else OUTPUT)
 
+    def comes_in(self, step: int) -> bool:
+        """Whether a step is waited for, and this is it."""
+        return self.step is not None and self.step <= step
+
     @property
     def in_step(self) -> bool:
         """Whether it can only come in the current step."""
@@ -47,6 +53,8 @@ class Awaited(NamedTuple):
     def __str__(self) -> str:
         if self.visit is not None:
             return f"`{spelled(self.path, self.kind)}`"
+        if self.applied is not None:
+            return f"what `{spelled(self.path)}` returns"
         return "the end of the model" if self.step is None else f"step {self.step}"
 
 

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 
 import torch
 
+from .changes import user_frame
 from .coroutine import frames
 from .errors import OutsideTraceError
-from .run import Run, user_frame
+from .run import Run
 
 
 class Open(Protocol):

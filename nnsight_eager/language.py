@@ -19,7 +19,7 @@ from .activations import Activations
 from .aliases import Rename
 from .batching import Given, with_shared
 from .dataset import Row, refuse_longer, token_rows
-from .errors import InputError
+from .errors import InputError, LoadError
 from .extraction import Extraction, Options
 from .inputs import Inputs
 from .loading import Source, source, tokenizer_for
@@ -106,6 +106,26 @@ class LanguageModel(NNsight):
             self._point_at(self._source.load())
             self._source = None
         return self
+
+    def load_adapter(self, name_or_path: str | PathLike[str], adapter_name: str | None = None, **options: Any) -> None:
+        """Add a PEFT adapter (LoRA and its like) to the model, and have it take part in what runs from here on.
+
+            model.load_adapter("adapter-folder")
+            model.transformer.h[0].attn.c_attn.output           # with the adapter; paths stay as they are
+            model.disable_adapters()                            # transformers' own methods, on the module
+
+        Options are those of transformers' `load_adapter`. Raises `LoadError` where `peft` is not installed or there is no such
+        adapter.
+        """
+        self.dispatch()
+        try:
+            self._module.load_adapter(fspath(name_or_path), adapter_name=adapter_name, **options)  # type: ignore[operator]
+        except (ImportError, OSError, ValueError) as error:
+            raise LoadError(
+                f"The adapter `{fspath(name_or_path)}` cannot be loaded: {str(error).strip().splitlines()[0]}",
+                "Give a folder that `save_pretrained` of a PEFT model has written; adapters need `pip install peft`.",
+            ) from error
+        self._tree.memory.orders.clear()  # other modules run now
 
     def trace(self, *inputs: Any, fn: str | Callable[..., Any] | None = None, batched: bool = True, **keywords: Any) -> Trace:
         """Run one forward pass with its insides open.

@@ -11,19 +11,32 @@ The run is the caller's side; `visits` is the model's. A run is what every point
 import contextlib
 import sys
 from collections.abc import Callable, Hashable
-from types import CodeType, FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from .coroutine import OUR_FOLDER, current_stack, inside_forward
+from .changes import Change, change
+from .coroutine import current_stack, inside_forward
 from .ears import Ears, Memory, P
-from .errors import RunEndedError
+from .errors import EditError, RunEndedError
 from .inside import Part
 from .missed import Miss
-from .nested import described
 from .paths import innermost_module, path_in, spelled
-from .visits import FIRST, INPUT, NEXT, NEXT_IN_STEP, OUTPUT, Forward, Kind, Place, Visit, Watcher, Which, refuse_in_checkpoint
+from .visits import (
+    FIRST,
+    INPUT,
+    NEXT,
+    NEXT_IN_STEP,
+    OUTPUT,
+    Applied,
+    Forward,
+    Kind,
+    Place,
+    Visit,
+    Watcher,
+    Which,
+    refuse_in_checkpoint,
+)
 
 
 class Call(NamedTuple):
@@ -33,22 +46,6 @@ class Call(NamedTuple):
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-class Edit(NamedTuple):
-    """A replaced value: the point, the step, before and after, and where the user wrote it."""
-
-    point: str
-    step: int
-    before: str
-    after: str
-    code: CodeType
-    line: int
-
-    def __str__(self) -> str:
-        return (
-            f"`{self.point}` in step {self.step}: {self.before} became {self.after} ({self.code.co_filename}, line {self.line})"
-        )
 
 
 class Stop(BaseException):
@@ -72,8 +69,8 @@ class Run:
         "_stack",
         "_step_over",
         "at",
+        "changes",
         "cut_short",
-        "edits",
         "open",
         "root",
     )  # fmt: skip
@@ -83,7 +80,7 @@ class Run:
         self.root = root
         self.at: Visit | None = None
         self.open = True
-        self.edits: list[Edit] = []
+        self.changes: list[Change] = []
         self._failed_with = ""
         self._step_over = self._beyond = self.cut_short = False
         self._skipped: list[torch.nn.Module] = []
@@ -207,6 +204,24 @@ class Run:
         """Have the owner of `part` call its parts apart from here on, before any of them is asked for."""
         self._ears.of_part(part)
 
+    def apply(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> Any:
+        """Call a module in the forward pass, where it is paused, so that its points are visited; what it returns."""
+        applied = self._applied(module, args, kwargs, path)
+        while not applied.done:
+            self._resume()
+        return applied.result()
+
+    def _applied(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> Applied:
+        """Have the forward call the module before it goes on from where it is paused."""
+        if self.at is None or self._ears.at(module).going_on:
+            where = "outside of it" if self.at else "at a point"
+            raise EditError(
+                f"`{spelled(path)}(..., hook=True)` is a call in the model's forward pass, which is not paused {where}.",
+                "Read the point it is applied at first, or leave `hook=True` away to apply it unheard.",
+            )
+        self._forward.applied = applied = Applied(module, args, kwargs)
+        return applied
+
     def watch(self, module: torch.nn.Module, watcher: Watcher) -> None:
         """From now on have `watcher` see each call of the module, at its input and at its output, without pausing."""
         visit = self._ears.at(module)
@@ -236,7 +251,7 @@ class Run:
         else:
             before = (visit.args, visit.kwargs)
             visit.args, visit.kwargs = value
-        self._record(point, before, value)
+        self.changes.append(change(point, self.step, before, value))
 
     def skip(self, visit: Visit, value: Any, path: str) -> None:
         """Leave out the forward of the module the model is about to enter, and go on with `value` as its output."""
@@ -244,12 +259,7 @@ class Run:
         refuse_in_checkpoint(self._forward.frame, point)
         visit.skipped, visit.value = True, value
         self._skipped.append(visit.module)
-        self._record(point, None, value)
-
-    def _record(self, point: str, before: Any, after: Any) -> None:
-        """Keep what was edited and where, for the note on a forward that fails."""
-        frame = user_frame()
-        self.edits.append(Edit(point, self._forward.step, described(before), described(after), frame.f_code, frame.f_lineno))
+        self.changes.append(change(point, self.step, None, value))
 
     # Ending
 
@@ -379,13 +389,5 @@ class Run:
         module = innermost_module(error, {id(module) for module in self.root.modules()})
         if module is not None:
             error.add_note(f"The model was running `{spelled(self.path_of(module))}`.")
-        for edit in self.edits:
-            error.add_note(f"Edited before: {edit}")
-
-
-def user_frame(depth: int = 1) -> FrameType:
-    """The innermost frame that is not this package's, from `depth` frames below on."""
-    frame = sys._getframe(depth)
-    while frame.f_code.co_filename.startswith(OUR_FOLDER) and frame.f_back is not None:
-        frame = frame.f_back
-    return frame
+        for each in self.changes:
+            error.add_note(f"Edited before: {each}")

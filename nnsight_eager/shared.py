@@ -143,6 +143,12 @@ class SharedRun(Run):
             body.reached += 1
         return Share(at, body, self, path)
 
+    def apply(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> Any:
+        """Pause the body until the model's forward pass has called the module; what it returns."""
+        applied = self._applied(module, args, kwargs, path)
+        self._wait(self._asking(), Awaited(path=path, applied=applied))
+        return applied.result()
+
     def ran(self, modules: Iterable[torch.nn.Module], step: int) -> list[str]:
         """The paths of those modules that run in `step`, as far as is known."""
         return [self.path_of(each) for each in modules if self._ears.order.runs(each, step)]

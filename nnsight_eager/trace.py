@@ -17,6 +17,7 @@ from .backward import Backward, backward_blocks
 from .batching import Given, divided
 from .bodies import Barrier, Body
 from .cache import Cache, Keep, Positions
+from .changes import user_frame
 from .compat import add_save_to_builtins
 from .coroutine import without_our_frames
 from .current import enter, leave, opening_frames
@@ -24,7 +25,7 @@ from .entering import enters_call_of, is_entered
 from .errors import InputError, InvokeError, RunEndedError, RunError
 from .invokes import Invoke, InvokeInPlace, Invokes, outside_invokes
 from .paths import spelled
-from .run import Call, Run, Stop, user_frame
+from .run import Call, Run, Stop
 from .shared import SharedRun
 from .steps import Steps
 from .tree import Envoy, Tree

@@ -81,8 +81,17 @@ class Envoy(Points):
             error.__traceback__ = without_our_frames(error.__traceback__)
             raise
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Apply the module, in or out of a trace, without touching the run: `model.lm_head(model.transformer.ln_f(hidden))`."""
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        """Apply the module, in or out of a trace, without touching the run: `model.lm_head(model.transformer.ln_f(hidden))`.
+
+            model.transformer.h[0].adapter = autoencoder                          # a module of one's own, now in the tree
+            layer.hidden = model.transformer.h[0].adapter(layer.hidden, hook=True)
+
+        With `hook=True` the model's forward pass, paused at a point, makes the call: caches, edits and other invokes see
+        `adapter.output` like that of any module, and the call runs in the model's torch settings.
+        """
+        if hook:
+            return self._run().apply(self._module, args, kwargs, self._path)
         return self._module(*args, **kwargs)
 
     def next(self) -> "NextEnvoy":

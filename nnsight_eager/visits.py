@@ -46,7 +46,7 @@ class Forward(Coroutine):
     `awaited`: somebody waits for a point of this step, so its end has to be told. `stop_at`: the step before which to pause.
     """
 
-    __slots__ = ("around", "awaited", "differentiable", "order", "step", "stop_at", "watched")
+    __slots__ = ("applied", "around", "awaited", "differentiable", "order", "step", "stop_at", "watched")
 
     def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """A run that is to be learned from sets `order`; `around` is then the calls in progress."""
@@ -58,6 +58,7 @@ class Forward(Coroutine):
         self.order: Order | None = None
         self.around: list[torch.nn.Module] = []
         self.differentiable = grad_enabled()
+        self.applied: Applied | None = None  # a call to be made where the forward is paused, before it goes on
 
     def learn(self, order: Order) -> None:
         """Note into `order` what is called."""
@@ -66,6 +67,33 @@ class Forward(Coroutine):
     def stop_before(self, step: int | None) -> None:
         """Pause before this step, or before none."""
         self.stop_at, self.watched = step, step is not None or self.order is not None
+
+
+class Applied:
+    """A module that a body applies to something in the model's forward pass, where it is heard, and not on its own stack."""
+
+    __slots__ = ("_args", "_error", "_kwargs", "_module", "_value", "done")
+
+    def __init__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._module, self._args, self._kwargs = module, args, kwargs
+        self._value: Any = None
+        self._error: Exception | None = None
+        self.done = False
+
+    def run(self) -> None:
+        """On the model's stack: make the call. What it raises is the body's to handle."""
+        try:
+            self._value = self._module(*self._args, **self._kwargs)
+        except Exception as error:
+            self._error = error
+        finally:
+            self.done = True
+
+    def result(self) -> Any:
+        """What the module has returned."""
+        if self._error is not None:
+            raise self._error
+        return self._value
 
 
 class Visit(Tap):
@@ -171,12 +199,23 @@ class Visit(Tap):
         """Pause here; what was changed in place meanwhile is refused where it would not reach the gradient."""
         if not forward.differentiable or (grad_enabled() and top_saved_tensor_hooks(True) is None):
             forward.pause(self)
+            while forward.applied is not None:
+                self._apply(forward)
             return
         # Checkpointing runs its region without grad, or under hooks that keep its tensors out.
         before = [each._version for each in tensors(held) if not each.is_inference()]
         forward.pause(self)
+        while forward.applied is not None:
+            self._apply(forward)
         if before != [each._version for each in tensors(held) if not each.is_inference()]:
             refuse_in_checkpoint(sys._getframe(), f"{type(self.module).__name__}.{self.kind}")
+
+    def _apply(self, forward: Forward) -> None:
+        """Make a call that a body has asked for, and be paused here again."""
+        applied, forward.applied = forward.applied, None
+        assert applied is not None
+        applied.run()
+        forward.pause(self)
 
     def _forget(self, forward: Forward) -> None:
         """The call is over; nothing of it is kept."""

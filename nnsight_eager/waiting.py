@@ -46,7 +46,7 @@ class Waiting:
     def at(self, visit: Visit, step: int) -> list[Asker]:
         """The model is paused at `visit` in `step`: who waited for that waits no longer."""
         here = self._take(visit, lambda awaited: awaited.comes_at(visit)) if visit in self._entries else []
-        return here + self._take(LATER, lambda awaited: awaited.step is not None and awaited.step <= step)
+        return here + self._take(LATER, lambda awaited: awaited.applied.done if awaited.applied else awaited.comes_in(step))
 
     def step_over(self) -> list[Asker]:
         """The step has ended: who waited for a point in it waits no longer."""
