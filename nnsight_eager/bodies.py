@@ -5,6 +5,7 @@ body.resume()                                   # until it waits, or ends
 body.ready()                                    # whether what it waits for is there
 """
 
+import inspect
 import sys
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 
 from .batching import Rows
 from .coroutine import Coroutine, current_stack, inside_forward
-from .errors import RunError
+from .errors import InvokeError, RunError
 from .paths import spelled
 from .visits import FIRST, NEXT, OUTPUT, Applied, Kind, Visit, Which
 
@@ -133,6 +134,21 @@ class Body(Coroutine):
 def _at_once() -> bool:
     """What a body waits for that has not begun, or is to be refused."""
     return True
+
+
+def check_plain(function: Any, given_to: str) -> None:
+    """Refuse what cannot be called without arguments, or would not run when it is."""
+    waits = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    fits = callable(function) and not any(each(function) for each in waits)
+    if fits:
+        try:
+            inspect.signature(function).bind()
+        except TypeError:
+            fits = False
+        except ValueError:
+            pass  # it has no signature to look at
+    if not fits:
+        raise InvokeError(f"`{given_to}` was given {function!r} to run.", "Give it a plain function that takes no arguments.")
 
 
 class GoesOn(Protocol):

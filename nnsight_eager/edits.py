@@ -9,7 +9,6 @@
 An edit runs once in every step of every trace and generation, before invokes and before the code of the trace.
 """
 
-import inspect
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -17,9 +16,9 @@ from typing import Any
 import torch
 
 from .blocks import Block
-from .bodies import Body
+from .bodies import Body, check_plain
 from .captured import Captured
-from .errors import InvokeError, NotReachedError
+from .errors import NotReachedError
 from .names import Names, alone
 from .paths import spelled
 from .shared import SharedRun
@@ -28,11 +27,17 @@ from .shared import SharedRun
 class Edit:
     """One stored edit: a handle that takes it away with `remove()`, or at the end of a `with` block."""
 
-    def __init__(self, label: str, program: Callable[[], Callable[[], Any]], remove: Callable[["Edit"], None]) -> None:
-        """`program` gives what is to be run in a step."""
-        self.label = label
-        self._program = program
-        self._remove = remove
+    def __init__(self, stored: list["Edit"]) -> None:
+        """`stored` are the model's edits, to which it does not belong yet."""
+        self.label = "edit"
+        self._stored = stored
+        self._program: Callable[[], Callable[[], Any]] = lambda: _nothing
+
+    def store(self, label: str, program: Callable[[], Callable[[], Any]]) -> "Edit":
+        """Have every run from here on begin with it; `program` gives what is to be run in a step."""
+        self.label, self._program = label, program
+        self._stored.append(self)
+        return self
 
     def body(self, run: SharedRun) -> Body:
         """The edit as a body of one run: its program in every step."""
@@ -60,7 +65,8 @@ class Edit:
 
     def remove(self) -> None:
         """Take the edit away; a run that has begun keeps it."""
-        self._remove(self)
+        if self in self._stored:
+            self._stored.remove(self)
 
     def __enter__(self) -> "Edit":
         return self
@@ -73,29 +79,30 @@ class Edit:
 
 
 class EditBlock(Captured):
-    """`with model.edit() as edited:`: the block is kept, and `edited` is the model that runs it."""
+    """`with model.edit() as edited:`: the block is kept, and runs from then on."""
 
-    def __init__(self, add: Callable[[str, Callable[[], Callable[[], Any]]], Edit], entered: Any) -> None:
-        """`add` stores the edit; `entered` is what the `as` target gets."""
-        self._add = add
-        self._model = entered
+    def __init__(self, edit: Edit, entered: Any) -> None:
+        """`entered` is what the `as` target gets."""
+        self._edit = edit
+        self._target = entered
 
     def _entered(self) -> Any:
-        return self._model
+        return self._target
 
     def _take(self, block: Block, frame: FrameType) -> None:
         names = Names(block, frame, alone, "an edit")
         names.leave_frame()
         label = f"edit ({frame.f_code.co_filename}, line {block.code.co_firstlineno})"
-        self._add(label, lambda: names.again().run)
+        self._edit.store(label, lambda: names.again().run)
 
 
 def label_of(function: Callable[[], Any]) -> str:
     """How an edit that is a function is called; refused where it cannot be run without arguments."""
-    try:
-        inspect.signature(function).bind()
-    except (TypeError, ValueError):
-        raise InvokeError(f"`edit` was given {function!r}.", "Give it a function that takes no arguments.") from None
+    check_plain(function, "edit")
     code = getattr(function, "__code__", None)
     where = f" ({code.co_filename}, line {code.co_firstlineno})" if code is not None else ""
     return f"edit `{getattr(function, '__qualname__', repr(function))}`{where}"
+
+
+def _nothing() -> None:
+    """The program of an edit whose block has not been met."""

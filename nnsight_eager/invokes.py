@@ -11,7 +11,6 @@ A block that shares a forward pass with others cannot run in place: it is found 
 as a body of its own. A function needs no source.
 """
 
-import inspect
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn, Protocol
@@ -20,7 +19,7 @@ import torch
 
 from .batching import Given
 from .blocks import Block
-from .bodies import Body
+from .bodies import Body, check_plain
 from .captured import Captured
 from .coroutine import without_our_frames
 from .errors import InvokeError, OutsideTraceError
@@ -111,7 +110,7 @@ class Invoke(Captured):
     def __call__(self, function: Callable[[], Any]) -> "Invoke":
         """Have `function`, called without arguments, be the block."""
         self._check()
-        _check_plain(function)
+        check_plain(function, "tracer.invoke(...)")
         self.body = Body(function, self.label)
         self._invokes.written.append(self)
         return self
@@ -166,27 +165,10 @@ class InvokeInPlace:
 
     def __call__(self, function: Callable[[], Any]) -> "InvokeInPlace":
         """Run `function` now."""
-        _check_plain(function)
+        check_plain(function, "tracer.invoke(...)")
         with self:
             self.result = function()
         return self
-
-
-def _check_plain(function: Any) -> None:
-    """Refuse what cannot be called without arguments, or would not run when it is."""
-    waits = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
-    fits = callable(function) and not any(each(function) for each in waits)
-    if fits:
-        try:
-            inspect.signature(function).bind()
-        except TypeError:
-            fits = False
-        except ValueError:
-            pass  # it has no signature to look at
-    if not fits:
-        raise InvokeError(
-            f"`tracer.invoke(...)` was given {function!r} to run.", "Give it a plain function that takes no arguments."
-        )
 
 
 def outside_invokes(what: str = "This") -> OutsideTraceError:

@@ -110,14 +110,15 @@ class NNsight(Envoy):
             handle = model.edit(function, inplace=True)         # a function needs no source; the model itself is edited
             handle.remove()                                     # or `model.clear_edits()`
 
-        Given a function, it returns the edited model, or with `inplace` a handle. Raises `InvokeError` where a block cannot be
-        taken out of its place.
+        Given a function, it returns the edited model, or with `inplace` a handle, which is also what the `as` of a block gets.
+        Raises `InvokeError` where a block cannot be taken out of its place.
         """
         edited = self if inplace else self._view()
+        edit = Edit(edited._tree.edits)
         if function is None:
-            return EditBlock(edited._store, edited)
-        handle = edited._store(label_of(function), lambda: function)
-        return handle if inplace else edited
+            return EditBlock(edit, edit if inplace else edited)
+        edit.store(label_of(function), lambda: function)
+        return edit if inplace else edited
 
     def steer(self, layer: Envoy, vector: torch.Tensor, scale: float = 1.0, positions: Positions = None) -> Edit:
         """Add `scale * vector` to what a layer gives, in every run from here on: a steering vector.
@@ -129,7 +130,8 @@ class NNsight(Envoy):
         chooses tokens of each prompt, padding not counted; without them every position of every step is steered. (Turner et al.
         2023, Activation Addition, arXiv:2308.10248.)
         """
-        return self._store(f"steer `{spelled(layer._path)}`", lambda: lambda: steer(layer, vector, scale, positions))
+        label = f"steer `{spelled(layer._path)}`"
+        return Edit(self._tree.edits).store(label, lambda: lambda: steer(layer, vector, scale, positions))
 
     def ablate(self, layer: Envoy, value: Any = 0, positions: Positions = None) -> Edit:
         """Replace what a module gives by a constant in every run from here on.
@@ -142,13 +144,8 @@ class NNsight(Envoy):
         """
         if isinstance(value, str) and value != "mean":
             raise EditError(f"`ablate` was given {value!r}.", 'Give a number, a tensor or `"mean"`.')
-        return self._store(f"ablate `{spelled(layer._path)}`", lambda: lambda: ablate(layer, value, positions))
-
-    def _store(self, label: str, program: Callable[[], Callable[[], Any]]) -> Edit:
-        """Keep an edit of this model; the handle that takes it away."""
-        edits = self._tree.edits
-        edits.append(Edit(label, program, lambda edit: edits.remove(edit) if edit in edits else None))
-        return edits[-1]  # type: ignore[no-any-return]
+        label = f"ablate `{spelled(layer._path)}`"
+        return Edit(self._tree.edits).store(label, lambda: lambda: ablate(layer, value, positions))
 
     def clear_edits(self) -> None:
         """Take away every edit of the model."""

@@ -376,3 +376,26 @@ def test_a_block_that_cannot_run_elsewhere_is_refused_in_words_that_fit_an_edit(
         "This block cannot be run in the model's forward pass: it contains `return`, which would leave the code around it."
     )
     assert "`model.edit(function)`" in str(caught.value)
+
+
+def test_the_block_of_an_edit_in_place_gives_a_handle(model):
+    plain = model.trace(X4).result
+    with model.edit(inplace=True) as handle:
+        model.h[0].output *= 0
+    assert not torch.equal(model.trace(X4).result, plain)
+    handle.remove()
+    assert torch.equal(model.trace(X4).result, plain)
+
+
+@pytest.mark.parametrize("kind", ["generator", "coroutine", "with arguments"])
+def test_a_function_that_would_never_run_is_refused_as_an_edit(model, kind):
+    def generator():
+        yield
+
+    async def coroutine():
+        pass
+
+    function = {"generator": generator, "coroutine": coroutine, "with arguments": lambda x: x}[kind]
+    with pytest.raises(InvokeError) as caught:
+        model.edit(function)
+    assert str(caught.value).splitlines()[1] == "Give it a plain function that takes no arguments."
