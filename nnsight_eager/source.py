@@ -17,7 +17,7 @@ import torch
 
 from .calls import OperationPart, called_at, no_operation
 from .errors import OutsideTraceError, SourceError
-from .operations import Dissected, dissected, peeled
+from .operations import Dissected, dissected, held, peeled
 from .paths import path_in, spelled
 from .points import AtNextVisit, Points
 from .run import Run
@@ -205,8 +205,8 @@ def source_of(owner: torch.nn.Module, path: str, tree: Trees) -> Source:
 def _meant(node: ast.expr, function: FunctionType, owner: Any) -> Any:
     """What an expression in a function means that looks up names and attributes only; `UNKNOWN` where that cannot be told."""
     if isinstance(node, ast.Attribute):
-        held = _meant(node.value, function, owner)
-        return UNKNOWN if held is UNKNOWN else getattr(held, node.attr, UNKNOWN)
+        whole = _meant(node.value, function, owner)
+        return UNKNOWN if whole is UNKNOWN else getattr(whole, node.attr, UNKNOWN)
     if not isinstance(node, ast.Name):
         return UNKNOWN
     code = function.__code__
