@@ -14,12 +14,12 @@ import ast
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, Final, NamedTuple, Protocol
 
 from .errors import SourceError
-from .rewriting import FUTURES, FunctionScope, without_asserts
+from .rewriting import FUTURES, FunctionScope, Scope, without_asserts
 from .texts import Known, facts, parsed, text_of
 
 CALLS: Final = "(calls)"
@@ -150,8 +150,10 @@ def _dissected(code: CodeType, text: str, name: str) -> Dissected:
             "Read the outputs of its modules instead, or define it in a file or a notebook cell.",
         )
     statement, function = found
+    # What is imported is called in another way than what is not, which shows where a call has many arguments (CPython 3.11).
+    imports = [*_imports(parsed(text, code.co_filename).body)]
     (plain,) = without_asserts([statement])  # a test runner rewrites them
-    if not facts(_code_in(plain, code)) <= facts(code):
+    if not facts(_code_in([*imports, plain], code)) <= facts(code):
         raise SourceError(
             f"The operations of `{name}` cannot be told: {code.co_filename!r} no longer holds the code that is running.",
             "Import the file once more.",
@@ -162,7 +164,7 @@ def _dissected(code: CodeType, text: str, name: str) -> Dissected:
     rewriting.function(copied)
     first = code.co_firstlineno
     lines = text.splitlines()[first - 1 : function.end_lineno]
-    return Dissected(rewriting.found, lines, first, _code_in(ast.fix_missing_locations(whole), code))
+    return Dissected(rewriting.found, lines, first, _code_in([*imports, ast.fix_missing_locations(whole)], code))
 
 
 def _node_of(code: CodeType, text: str) -> tuple[ast.stmt, FunctionScope] | None:
@@ -189,9 +191,18 @@ def _first_line(node: Any) -> int:
     return min(lines)
 
 
-def _code_in(statement: ast.stmt, code: CodeType) -> CodeType:
-    """The code of the function that `code` is of, in its statement compiled anew."""
-    module = ast.Module(body=[statement], type_ignores=[])
+def _imports(body: Iterable[ast.AST]) -> Iterator[ast.stmt]:
+    """The imports of a module, under whatever `if` and `try`, apart from those in functions and classes."""
+    for node in body:
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module != "__future__"):
+            yield node
+        elif not isinstance(node, Scope):
+            yield from _imports(ast.iter_child_nodes(node))
+
+
+def _code_in(statements: list[ast.stmt], code: CodeType) -> CodeType:
+    """The code of the function that `code` is of, in its statement, and what it needs around it, compiled anew."""
+    module = ast.Module(body=statements, type_ignores=[])
     compiled = compile(module, code.co_filename, "exec", flags=code.co_flags & FUTURES, dont_inherit=True)
     return next(
         each for each in _inside(compiled) if (each.co_name, each.co_firstlineno) == (code.co_name, code.co_firstlineno)
