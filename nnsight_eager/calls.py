@@ -6,6 +6,7 @@ taps of the owner, acts on the run's own stack, and is gone with the run.
 
 from collections.abc import Hashable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -116,7 +117,15 @@ class RunCalls:
         if self._begun is not None:
             self._begun[name] = True
         inside = self._inside.get(name)
-        return function(*args, **kwargs) if inside is None else inside.run(function, *args, **kwargs)
+        if inside is None:
+            return function(*args, **kwargs)
+        module = module_called(function)
+        if module is not None:
+            raise SourceError(
+                f"`{spelled(self._path)}.{name}` calls a module, of type `{type(module).__name__}`.",
+                "Read the `.source` of that module; `print(model)` shows where it is.",
+            )
+        return inside.run(function, *args, **kwargs)
 
     def assigned(self, name: str, value: Any) -> Any:
         """The operation `name`, which gives a variable its value."""
@@ -162,6 +171,16 @@ class Rewritten:
     def end(self) -> None:
         """Have the forward be as it was."""
         take_down([self._tap])
+
+
+def module_called(function: Any) -> torch.nn.Module | None:
+    """The module that a call of `function` runs, which has a source of its own; its `forward` may be called directly."""
+    if isinstance(function, Tap):
+        return function.module
+    if isinstance(function, MethodType) and isinstance(function.__self__, torch.nn.Module):
+        owner = function.__self__
+        return owner if function.__func__ is type(owner).forward else None
+    return function if isinstance(function, torch.nn.Module) else None
 
 
 def called_at(ear: Visit) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
-from .calls import OperationPart, called_at, no_operation
+from .calls import OperationPart, called_at, module_called, no_operation
 from .errors import OutsideTraceError, SourceError
 from .operations import Dissected, dissected, held, peeled
 from .paths import path_in, spelled
@@ -159,10 +159,11 @@ class OperationPoint(Points):
         visit = self._paused()
         if visit is not None and called is UNKNOWN:
             called = called_at(visit)
-        if isinstance(called, torch.nn.Module):
+        module = module_called(called)
+        if module is not None:
             raise SourceError(
                 f"`{spelled(self._path)}` calls a module.",
-                f"Its own source is `{spelled(path_in(self._tree.root, called), 'source')}`.",
+                f"Its own source is `{spelled(path_in(self._tree.root, module), 'source')}`.",
             )
         return Source(self._owner, self._owner_path, self._tree, self._names, called)
 
