@@ -83,13 +83,16 @@ class Source:
         return UNKNOWN if callee is None else _meant(callee, self._function, self._owner if not self._names else UNKNOWN)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *self})
+        return sorted({*super().__dir__(), *(self if self._found is not None else ())})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known.operations)
 
     def __len__(self) -> int:
         return len(self._known.operations)
+
+    def __bool__(self) -> bool:
+        return True
 
     def __contains__(self, name: object) -> bool:
         return name in self._known.operations
