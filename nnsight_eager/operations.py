@@ -260,7 +260,7 @@ class _Apart(ast.NodeTransformer):
         return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST | list[ast.stmt]:
-        node.value = self.visit(node.value)
+        self.generic_visit(node)
         if not isinstance(node.target, ast.Name):
             return node
         name = self._note(f"{node.target.id}_i{IN_PLACE[type(node.op)]}", node)
