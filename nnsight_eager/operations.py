@@ -163,7 +163,7 @@ def _dissected(code: CodeType, text: str, name: str) -> Dissected:
     rewriting = _Apart()
     rewriting.function(copied)
     first = code.co_firstlineno
-    lines = text.splitlines()[first - 1 : function.end_lineno]
+    lines = text.split("\n")[first - 1 : function.end_lineno]  # `splitlines` also splits at a form feed
     return Dissected(rewriting.found, lines, first, _code_in([*imports, ast.fix_missing_locations(whole)], code))
 
 
