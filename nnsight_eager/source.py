@@ -176,7 +176,7 @@ class OperationPoint(Points):
             at = self._run().at
         except OutsideTraceError:
             return None
-        return at if at is not None and at.module.__dict__.get("path") == self._path and at.kind is INPUT else None
+        return at if at is not None and at.module is self._module and at.kind is INPUT else None
 
     def next(self) -> "NextOperationPoint":
         """This operation's next visit after now, in whatever step: for one in a loop, and for the next token."""
