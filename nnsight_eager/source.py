@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from .calls import OperationPart, called_at, module_called, no_operation
-from .errors import OutsideTraceError, SourceError
+from .errors import OutsideTraceError, RunEndedError, SourceError
 from .operations import Dissected, dissected, held, peeled
 from .paths import path_in, spelled
 from .points import AtNextVisit, Points
@@ -201,7 +201,7 @@ def source_of(owner: torch.nn.Module, path: str, tree: Trees) -> Source:
     try:
         run = tree.run()
         run.listen(part_of(run, owner, path, ()))
-    except OutsideTraceError:
+    except (OutsideTraceError, RunEndedError):
         pass
     return source
 
