@@ -14,7 +14,7 @@ import torch
 from .coroutine import current_stack
 from .errors import SourceError
 from .inside import Part
-from .operations import Dissected, dissected, peeled
+from .operations import CALLS, Dissected, dissected, peeled
 from .paths import near, spelled
 from .taps import Tap, put_innermost, take_down, tap_at
 from .visits import Visit
@@ -131,6 +131,10 @@ class RunCalls:
         """The operation `name`, which gives a variable its value."""
         return self(name, _itself, value)
 
+    def own(self, names: Any) -> Any:
+        """What `locals()`, `vars()` or `dir()` lists in the function as it is written."""
+        return [each for each in names if each != CALLS] if isinstance(names, list) else _without(names)
+
 
 class RewrittenForward(Tap):
     """Runs a module's forward with its operations called apart."""
@@ -193,6 +197,10 @@ def no_operation(path: str, name: str, found: Dissected) -> SourceError:
     return SourceError(
         f"`{spelled(path)}` has no operation `{name}`{near(name, found.operations)}", f"`print({spelled(path)})` lists them."
     )
+
+
+def _without(names: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in names.items() if name != CALLS} if CALLS in names else names
 
 
 def _itself(value: Any) -> Any:

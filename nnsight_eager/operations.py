@@ -26,6 +26,8 @@ CALLS: Final = "(calls)"
 """The keyword under which the rewritten function is given what it calls: no identifier looks like this."""
 
 OF_THE_FRAME: Final = frozenset({"super", "locals", "vars", "dir", "eval", "exec", "globals"})
+LISTING: Final = frozenset({"locals", "vars", "dir"})
+"""Those that, called without arguments, list the frame's names, and `CALLS` among them."""
 
 
 class Calls(Protocol):
@@ -36,6 +38,9 @@ class Calls(Protocol):
 
     def assigned(self, name: str, value: Any) -> Any:
         """Give back `value`, whose assignment is the operation `name`."""
+
+    def own(self, names: Any) -> Any:
+        """The names of a frame, a dictionary or a list, without `CALLS`."""
 
 
 class Operation(NamedTuple):
@@ -239,7 +244,10 @@ class _Apart(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if isinstance(node.func, ast.Name) and node.func.id in OF_THE_FRAME:
-            return node
+            own = ast.Attribute(ast.Name(CALLS, ast.Load()), "own", ast.Load())
+            listing = node.func.id in LISTING and not (node.args or node.keywords)
+            self.generic_visit(node)
+            return ast.copy_location(ast.Call(own, [node], []), node) if listing else node
         callee = copy.deepcopy(node.func)
         self.generic_visit(node)
         name = self._note(_dotted(callee) or "call", node, callee)
