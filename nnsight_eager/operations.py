@@ -19,7 +19,7 @@ from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, Final, NamedTuple, Protocol
 
 from .errors import SourceError
-from .rewriting import FUTURES, FunctionScope, Scope, without_asserts
+from .rewriting import FUTURES, Comprehension, FunctionScope, Scope, without_asserts
 from .texts import Known, facts, parsed, text_of
 
 CALLS: Final = "(calls)"
@@ -44,7 +44,7 @@ class Calls(Protocol):
 
 
 class Operation(NamedTuple):
-    """One call or assignment: its name, its line in the file, and the expression that is called."""
+    """One call or assignment: its name, its line in the file, and the expression that is called, in the function's own scope."""
 
     name: str
     line: int
@@ -228,6 +228,14 @@ class _Apart(ast.NodeTransformer):
     def __init__(self) -> None:
         self.found: dict[str, Operation] = {}
         self._counts: dict[str, int] = {}
+        self._depth = 0  # of scopes in the function: in them a name may mean something else
+
+    def visit(self, node: ast.AST) -> Any:
+        inner = isinstance(node, (Scope, Comprehension))
+        self._depth += inner
+        done = super().visit(node)
+        self._depth -= inner
+        return done
 
     def function(self, node: Any) -> None:
         """Rewrite the function itself: what is evaluated where it is defined stays."""
@@ -288,7 +296,7 @@ class _Apart(ast.NodeTransformer):
         number = self._counts.get(dotted, 0)
         self._counts[dotted] = number + 1
         name = f"{dotted}_{number}"
-        self.found[name] = Operation(name, node.lineno, callee)
+        self.found[name] = Operation(name, node.lineno, None if self._depth else callee)
         return name
 
 
