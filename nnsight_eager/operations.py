@@ -259,9 +259,8 @@ class _Apart(ast.NodeTransformer):
         callee = copy.deepcopy(node.func)
         self.generic_visit(node)
         name = self._note(_dotted(callee) or "call", node, callee)
-        return ast.copy_location(
-            ast.Call(ast.Name(CALLS, ast.Load()), [ast.Constant(name), node.func, *node.args], node.keywords), node
-        )
+        call = ast.Call(ast.Name(CALLS, ast.Load()), [ast.Constant(name), node.func, *node.args], node.keywords)
+        return _as_in_a_traceback(ast.copy_location(call, node), callee)
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         node.value = self.visit(node.value)
@@ -316,6 +315,14 @@ IN_PLACE: Final = {
     ast.BitAnd: "and",
 }
 """What Python calls `+=` and its like: `__iadd__`."""
+
+
+def _as_in_a_traceback(call: ast.Call, callee: ast.expr) -> ast.Call:
+    """Have a method's call stand on the line of the method's name, as CPython has it where a chain goes over several lines."""
+    if isinstance(callee, ast.Attribute) and callee.end_lineno != callee.lineno:
+        assert callee.end_lineno is not None and callee.end_col_offset is not None
+        call.lineno, call.col_offset = callee.end_lineno, callee.end_col_offset - len(callee.attr)
+    return call
 
 
 def _given(name: str, value: ast.expr, node: ast.stmt) -> ast.expr:
