@@ -44,7 +44,7 @@ class Calls(Protocol):
 
 
 class Operation(NamedTuple):
-    """One call or assignment: its name, its line in the file, and the expression that is called, in the function's own scope."""
+    """One call or assignment: its name, its line in the file, and the expression called; none in a scope of its own."""
 
     name: str
     line: int
@@ -320,7 +320,8 @@ IN_PLACE: Final = {
 def _as_in_a_traceback(call: ast.Call, callee: ast.expr) -> ast.Call:
     """Have a method's call stand on the line of the method's name, as CPython has it where a chain goes over several lines."""
     if isinstance(callee, ast.Attribute) and callee.end_lineno != callee.lineno:
-        assert callee.end_lineno is not None and callee.end_col_offset is not None
+        assert callee.end_lineno is not None
+        assert callee.end_col_offset is not None
         call.lineno, call.col_offset = callee.end_lineno, callee.end_col_offset - len(callee.attr)
     return call
 
