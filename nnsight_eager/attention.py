@@ -143,7 +143,7 @@ class Explicit:
     def hear(self, part: Part, ear: Any) -> None:
         """The pattern is a module that is called like any other, so its ear hears by itself."""
 
-    def passed(self, part: Part, begun: bool, further: bool) -> bool:
+    def passed(self, part: Part, begun: bool, entering: bool, further: bool) -> bool:
         """The configuration is read when the forward comes to its attention, so it is not too late before that."""
         return False
 

@@ -7,7 +7,7 @@ taps of the owner, acts on the run's own stack, and is gone with the run.
 from collections.abc import Hashable
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 
@@ -36,44 +36,52 @@ class OperationPart(Part):
     def begin(self, stack: Any) -> "Rewritten":
         """Have the owner's forward run rewritten."""
         tap = tap_at(RewrittenForward(), self.owner)
-        tap.calls = RunCalls(f"{self._owner_path}.source")
+        tap.calls = RunCalls(self.owner, f"{self._owner_path}.source")
         put_innermost(tap, stack)
         return Rewritten(tap)
+
+
+State = Literal[0, 1, 2]
+AHEAD: Final = 0
+CALLED: Final = 1
+OVER: Final = 2
+"""How far an operation is that its forward has come by."""
 
 
 class RunCalls:
     """What one run has the rewritten code of one function call, in the place of its operations."""
 
-    __slots__ = ("_begun", "_ears", "_inside", "_last", "_late", "_path")
+    __slots__ = ("_begun", "_ears", "_inside", "_last", "_late", "_owner", "_path")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, owner: torch.nn.Module, path: str) -> None:
+        self._owner = owner
         self._path = path
         self._ears: dict[str, Visit] = {}
         self._inside: dict[str, RunCalls] = {}
-        self._begun: dict[str, bool] | None = None  # what the call in progress has come by, and whether that was called already
-        self._last: dict[str, bool] | None = None  # what the last one had come by; `None` where none was heard
+        self._begun: dict[str, State] | None = None  # what the call in progress has come by
+        self._last: dict[str, State] | None = None  # what the last one had come by; `None` where none was heard
         self._late: set[str] = set()  # what it had come by before anyone heard that
 
     def hear(self, names: tuple[str, ...], ear: Visit) -> None:
         """Have `ear` called for the operation of these names."""
         name, *rest = names
-        if self._begun is not None and name in self._begun:
-            self._late.add(name)
         if not rest:
+            if self._begun is not None and name in self._begun:
+                self._late.add(name)
             self._ears[name] = ear
             return
         if name not in self._inside:
-            self._inside[name] = RunCalls(f"{self._path}.{name}.source")
+            self._inside[name] = RunCalls(self._owner, f"{self._path}.{name}.source")
         self._inside[name].hear(tuple(rest), ear)
 
-    def passed(self, names: tuple[str, ...], begun: bool, further: bool) -> bool:
+    def passed(self, names: tuple[str, ...], begun: bool, entering: bool, further: bool) -> bool:
         """Whether it is too late to ask for the operation of these names in the call in progress, if one has `begun`."""
         if self._begun is None:
             return begun
         name, *rest = names
         if rest and name in self._begun:
-            return self._inside[name].passed(tuple(rest), self._begun[name], further)
-        return name in self._late and not further
+            return self._inside[name].passed(tuple(rest), self._begun[name] is not AHEAD, entering, further)
+        return name in self._late and not further and (entering or self._begun[name] is OVER)
 
     def came_by(self, names: tuple[str, ...]) -> bool:
         """Whether the last call has come by the operation of these names; it may have, where nobody heard it."""
@@ -101,25 +109,30 @@ class RunCalls:
 
     def __call__(self, name: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """The operation `name`, which is a call of `function`."""
-        if self._begun is not None:
-            self._begun[name] = False
+        begun = self._begun
+        if begun is None:
+            begun = {}
+        begun[name] = AHEAD
         ear = self._ears.get(name)
-        if ear is None or current_stack() is not ear.stack:
-            return self._call(name, function, *args, **kwargs)
-        ear.__wrapped__ = partial(self._call, name, function)
-        try:
-            return ear(*args, **kwargs)
-        finally:
-            ear.__wrapped__ = _itself  # later runs use the ear again, and it may have been a method of a tensor
+        heard = ear is not None and current_stack() is ear.stack
+        if ear is not None and heard:
+            value = _hear(ear, partial(self._call, name, function), args, kwargs)
+        else:
+            value = self._call(name, function, *args, **kwargs)
+            ear = self._ears.get(name)
+            if ear is not None and current_stack() is ear.stack:  # somebody has asked for the output from inside
+                value = _hear(ear, partial(_given, ear, value), args, kwargs)
+        begun[name] = OVER
+        return value
 
     def _call(self, name: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call what an operation calls: somebody may have asked for what is inside while the model was paused before it."""
         if self._begun is not None:
-            self._begun[name] = True
+            self._begun[name] = CALLED
         inside = self._inside.get(name)
         if inside is None:
             return function(*args, **kwargs)
-        module = module_called(function)
+        module = module_called(function, self._owner)
         if module is not None:
             raise SourceError(
                 f"`{spelled(self._path)}.{name}` calls a module, of type `{type(module).__name__}`.",
@@ -162,10 +175,10 @@ class Rewritten:
         if part.names:
             self._tap.calls.hear(part.names, ear)
 
-    def passed(self, part: Part, begun: bool, further: bool) -> bool:
+    def passed(self, part: Part, begun: bool, entering: bool, further: bool) -> bool:
         """Whether the forward in progress has come past the operation, or had begun when nobody heard it."""
         assert isinstance(part, OperationPart)
-        return self._tap.calls.passed(part.names, begun, further)
+        return self._tap.calls.passed(part.names, begun, entering, further)
 
     def came_by(self, part: Part) -> bool:
         """Whether the last call of the forward has come by the operation, or may have, unheard."""
@@ -177,14 +190,32 @@ class Rewritten:
         take_down([self._tap])
 
 
-def module_called(function: Any) -> torch.nn.Module | None:
-    """The module that a call of `function` runs, which has a source of its own; its `forward` may be called directly."""
+def module_called(function: Any, owner: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that a call of `function` runs, which has a source of its own; its `forward` may be called directly.
+
+    The owner's own forward, which a wrapper of it calls, is no other module's.
+    """
     if isinstance(function, Tap):
         return function.module
     if isinstance(function, MethodType) and isinstance(function.__self__, torch.nn.Module):
-        owner = function.__self__
-        return owner if function.__func__ is type(owner).forward else None
+        called = function.__self__
+        return called if called is not owner and function.__func__ is type(called).forward else None
     return function if isinstance(function, torch.nn.Module) else None
+
+
+def _hear(ear: Visit, call: partial[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Have `ear` hear a call."""
+    ear.__wrapped__ = call
+    try:
+        return ear(*args, **kwargs)
+    finally:
+        ear.__wrapped__ = _itself  # later runs use the ear again, and it may have been a method of a tensor
+
+
+def _given(ear: Visit, value: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """What was called before anyone heard it: whether it has changed its arguments in place is not known any more."""
+    ear.versions = None
+    return value
 
 
 def called_at(ear: Visit) -> Any:

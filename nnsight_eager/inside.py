@@ -16,10 +16,10 @@ class Apart(Protocol):
     def hear(self, part: "Part", ear: Any) -> None:
         """Have `ear` called where the owner computes `part`."""
 
-    def passed(self, part: "Part", begun: bool, further: bool) -> bool:
+    def passed(self, part: "Part", begun: bool, entering: bool, further: bool) -> bool:
         """Whether it is too late to ask for `part` in the owner's call in progress: it has come by it, or would not be heard.
 
-        `begun`: that call is past the owner's input. `further`: any visit to come will do.
+        `begun`: that call is past the owner's input. `entering`: asked is for its input. `further`: any visit to come will do.
         """
 
     def came_by(self, part: "Part") -> bool:

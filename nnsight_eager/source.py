@@ -162,7 +162,7 @@ class OperationPoint(Points):
         visit = self._paused()
         if visit is not None and called is UNKNOWN:
             called = called_at(visit)
-        module = module_called(called)
+        module = module_called(called, self._owner)
         if module is not None:
             raise SourceError(
                 f"`{spelled(self._path)}` calls a module.",
