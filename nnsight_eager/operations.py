@@ -72,6 +72,9 @@ class Dissected(NamedTuple):
 _known: Final = Known[list[Dissected]](list)
 """The code that has been dissected: each once."""
 
+_called_in: Final = Known[list[frozenset[str]]](list)
+"""What the wrappers of decorators call."""
+
 
 def peeled(call: Any) -> tuple[FunctionType, Callable[[FunctionType], Any]]:
     """The Python function in a method, a partial, a decorated function or a callable object, and how to make it that again.
@@ -129,11 +132,14 @@ def held(cell: CellType) -> Any:
         return None
 
 
-def _called_names(function: FunctionType) -> set[str]:
+def _called_names(function: FunctionType) -> frozenset[str]:
     """The plain names that a function calls. One that hands what it has wrapped to others may run something else."""
-    found = _node_of(function.__code__, text_of(function.__code__, function.__globals__))
-    nodes = ast.walk(found[1]) if found else ()
-    return {each.func.id for each in nodes if isinstance(each, ast.Call) and isinstance(each.func, ast.Name)}
+    known = _called_in.of(function.__code__)
+    if not known:
+        found = _node_of(function.__code__, text_of(function.__code__, function.__globals__))
+        calls = [each.func for each in ast.walk(found[1]) if isinstance(each, ast.Call)] if found else []
+        known.append(frozenset(each.id for each in calls if isinstance(each, ast.Name)))
+    return known[0]
 
 
 def _with_cell(wrapper: FunctionType, number: int, value: Any) -> FunctionType:
