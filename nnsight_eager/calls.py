@@ -33,12 +33,11 @@ class OperationPart(Part):
         """All operations of an owner are heard by one rewritten forward."""
         return id(self.owner)
 
-    def begin(self, stack: Any) -> "Rewritten":
-        """Have the owner's forward run rewritten."""
+    def apart(self, stack: Any) -> "Rewritten":
+        """The owner's forward, rewritten."""
         tap = tap_at(RewrittenForward(), self.owner)
         tap.calls = RunCalls(self.owner, f"{self._owner_path}.source")
-        put_innermost(tap, stack)
-        return Rewritten(tap)
+        return Rewritten(tap, stack)
 
 
 State = Literal[0, 1, 2]
@@ -166,8 +165,13 @@ class RewrittenForward(Tap):
 class Rewritten:
     """A forward that runs rewritten, for one run."""
 
-    def __init__(self, tap: RewrittenForward) -> None:
+    def __init__(self, tap: RewrittenForward, stack: Any) -> None:
         self._tap = tap
+        self._stack = stack
+
+    def begin(self) -> None:
+        """Have the forward run rewritten."""
+        put_innermost(self._tap, self._stack)
 
     def hear(self, part: Part, ear: Visit) -> None:
         """Have `ear` called where the forward comes by the operation."""

@@ -11,7 +11,10 @@ import torch
 
 
 class Apart(Protocol):
-    """What one run has done to an owner, so that parts of its forward are called apart."""
+    """What one run does to an owner, so that parts of its forward are called apart."""
+
+    def begin(self) -> None:
+        """From here on have the owner's parts called apart."""
 
     def hear(self, part: "Part", ear: Any) -> None:
         """Have `ear` called where the owner computes `part`."""
@@ -26,7 +29,7 @@ class Apart(Protocol):
         """Whether the owner's last call has come by `part`, as far as anyone can tell."""
 
     def end(self) -> None:
-        """Have the owner's forward be as it was."""
+        """Have the owner's forward be as it was, also where `begin` was interrupted; done twice, it changes nothing."""
 
 
 class Part(torch.nn.Module):
@@ -44,6 +47,6 @@ class Part(torch.nn.Module):
         """The same for all parts that are called apart together."""
         raise NotImplementedError
 
-    def begin(self, stack: Any) -> Apart:
-        """From here on have the parts of this key called apart where the model runs on `stack`."""
+    def apart(self, stack: Any) -> Apart:
+        """How the parts of this key are called apart where the model runs on `stack`; nothing is done yet."""
         raise NotImplementedError
