@@ -113,16 +113,16 @@ class RunCalls:
             begun = {}
         begun[name] = AHEAD
         ear = self._ears.get(name)
-        heard = ear is not None and current_stack() is ear.stack
-        if ear is not None and heard:
-            value = _hear(ear, partial(self._call, name, function), args, kwargs)
-        else:
+        try:
+            if ear is not None and current_stack() is ear.stack:
+                return _hear(ear, partial(self._call, name, function), args, kwargs)
             value = self._call(name, function, *args, **kwargs)
             ear = self._ears.get(name)
-            if ear is not None and current_stack() is ear.stack:  # somebody has asked for the output from inside
-                value = _hear(ear, partial(_given, ear, value), args, kwargs)
-        begun[name] = OVER
-        return value
+            if ear is None or current_stack() is not ear.stack or ear.stop_before or not ear.stop_after:
+                return value
+            return _hear(ear, partial(_given, ear, value), args, kwargs)  # somebody has asked for the output from inside
+        finally:
+            begun[name] = OVER
 
     def _call(self, name: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call what an operation calls: somebody may have asked for what is inside while the model was paused before it."""

@@ -157,6 +157,8 @@ class Run:
         at, step = self.at, self.step
         owner = self._ears.at(part.owner)
         over = not owner.going_on or owner.kind is OUTPUT
+        if current_stack() is self._stack:
+            raise inside_forward()
         if owner.going_on and self._ears.of_part(part).passed(part, over or at is not owner, kind is INPUT, bool(which)):
             raise self._miss(kind, path, at).too_late(spelled(path_in(self.root, part.owner)))
         if owner.step == step and visit.step != step and over and not which:

@@ -15,7 +15,7 @@ from left_behind import everything, frames_on_other_stacks
 from small_models import hooked
 
 from nnsight_eager import LanguageModel, NNsight, NotReachedError, OutOfOrderError, SourceError
-from nnsight_eager.errors import ChangedInPlaceError, OutsideTraceError
+from nnsight_eager.errors import ChangedInPlaceError, InsideForwardError, OutsideTraceError
 
 PROMPT = "The Eiffel Tower is in"
 X = torch.arange(3.0).reshape(1, 3)
@@ -187,6 +187,29 @@ def test_the_input_cannot_be_asked_for_from_inside_the_call(model, block):
             block.source.shifted_0.input
         moved = block.source.shifted_0.output
         assert moved.shape == X.shape
+
+
+def test_the_next_input_is_that_of_the_next_call(model):
+    model._module.ends[:] = [shifted, shifted]
+    with model.trace(X):
+        moved = model.source.end_0.source.moved_0.output
+        assert model.source.end_0.next().input is moved
+
+
+def test_a_call_that_has_failed_is_over():
+    class Trying(torch.nn.Module):
+        def forward(self, x):
+            try:
+                y = halved(x[0, 0].shape)
+            except AttributeError:
+                y = shifted(x)
+            return torch.relu(y)
+
+    model = NNsight(Trying())
+    with model.trace(X):
+        model.source.shifted_0.input
+        with pytest.raises(OutOfOrderError):
+            model.source.halved_0.output
 
 
 def test_gradients_flow_through_an_operation(model, block):
@@ -668,6 +691,15 @@ def test_a_call_of_a_module_says_where_its_own_source_is(model, block):
 def test_an_assignment_has_no_source(block):
     with pytest.raises(SourceError):
         list(block.source.hidden_0.source)
+
+
+def test_the_forward_itself_cannot_ask_for_its_operations(model, block):
+    def ask():
+        block.source.hidden_iadd_0.output
+
+    model._module.blocks[0].hooks.append(ask)
+    with as_before(model), pytest.raises(InsideForwardError), model.trace(X):
+        block.source.torch_relu_0.output
 
 
 def test_outside_a_trace_there_is_the_listing_and_no_value(model, block):
