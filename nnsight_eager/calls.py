@@ -23,8 +23,10 @@ from .visits import Visit
 class OperationPart(Part):
     """An operation in the owner's forward, or, named by several names, in a function that one of those calls."""
 
-    def __init__(self, owner: torch.nn.Module, path: str, names: tuple[str, ...]) -> None:
-        super().__init__(owner, f"{path}.source.{'.source.'.join(names)}" if names else f"{path}.source")
+    def __init__(
+        self, owner: torch.nn.Module, path: str, names: tuple[str, ...], around: torch.nn.Module | None = None
+    ) -> None:
+        super().__init__(owner, f"{path}.source.{'.source.'.join(names)}" if names else f"{path}.source", around)
         self.names = names
         self._owner_path = path
 

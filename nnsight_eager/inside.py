@@ -37,10 +37,19 @@ class Part(torch.nn.Module):
 
     owner: torch.nn.Module
     path: str
+    around: torch.nn.Module  # the innermost that it is called in: its owner, or another part of that
 
-    def __init__(self, owner: torch.nn.Module, path: str) -> None:
+    def __init__(self, owner: torch.nn.Module, path: str, around: torch.nn.Module | None = None) -> None:
         super().__init__()
-        self.__dict__.update(owner=owner, path=path)  # not as a child: the part does not contain its owner
+        # Not as children: the part does not contain its owner.
+        self.__dict__.update(owner=owner, path=path, around=owner if around is None else around)
+
+    def lies_in(self, module: torch.nn.Module) -> bool:
+        """Whether it is called only where `module` is."""
+        around = self.around
+        if around is module or (isinstance(around, Part) and around.lies_in(module)):
+            return True
+        return any(each is self.owner for each in module.modules())
 
     @property
     def key(self) -> Hashable:

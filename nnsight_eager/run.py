@@ -132,9 +132,9 @@ class Run:
         """Where there will be no next visit in this step: the output of what an operation is in; else the end of the step."""
         if not isinstance(visit.module, Part):
             return None
-        owner = self._ears.at(visit.module.owner)
-        owner.stop_after = True
-        return owner
+        around = self._ears.at(visit.module.around)
+        around.stop_after = True
+        return around
 
     def _expected(self, module: torch.nn.Module, kind: Kind, path: str, which: Which) -> Visit:
         """The ear at the module, which the model has still to come by; an error where it will not."""
@@ -326,14 +326,14 @@ class Run:
             raise miss.no_further()
         if visit.times and visit.step == step:
             raise miss.passed()
+        for skipped in self._skipped:
+            if module is not skipped and _lies_in(module, skipped):
+                raise miss.skipped(path_in(self.root, skipped))
         if isinstance(module, Part):
             came_by = self._ears.of_part(module).came_by(module)
             module = module.owner
             if self._ears.at(module).step == step:
                 raise miss.passed() if came_by else miss.not_taken(spelled(path_in(self.root, module)))
-        for skipped in self._skipped:
-            if module is not skipped and any(each is module for each in skipped.modules()):
-                raise miss.skipped(path_in(self.root, skipped))
         if self._ears.order.runs(module) and (self._beyond or not self._ears.order.runs(module, step)):
             raise miss.no_longer(self._forward.step if self._beyond else None)
         if self._forward.order is None and self._ears.order.runs(module, step):
@@ -351,9 +351,7 @@ class Run:
     def _left_out(self, module: torch.nn.Module, skipped: Visit) -> bool:
         """Whether `module` lies inside one that is skipped and, as far as known, not called again in this step."""
         once = self._forward.order is None and id(skipped.module) not in self._ears.order.repeats
-        if isinstance(module, Part):
-            return once and any(each is module.owner for each in skipped.module.modules())
-        return once and module is not skipped.module and any(each is module for each in skipped.module.modules())
+        return once and module is not skipped.module and _lies_in(module, skipped.module)
 
     def _stopped(self, error: BaseException, at: Visit | None, awaited: Visit | None = None) -> None:
         """The forward has raised, or would not go on: note on the error what was running and what had been edited."""
@@ -370,6 +368,10 @@ class Run:
             error.add_note(f"The model was running `{spelled(path_in(self.root, module))}`.")
         for edit in self.edits:
             error.add_note(f"Edited before: {edit}")
+
+
+def _lies_in(module: torch.nn.Module, other: torch.nn.Module) -> bool:
+    return module.lies_in(other) if isinstance(module, Part) else any(each is module for each in other.modules())
 
 
 def user_frame(depth: int = 1) -> FrameType:

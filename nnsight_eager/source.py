@@ -192,7 +192,8 @@ class NextOperationPoint(AtNextVisit, OperationPoint):
 
 def part_of(run: Run, owner: torch.nn.Module, path: str, names: tuple[str, ...]) -> OperationPart:
     """The part that an operation is: one for all runs of a model."""
-    return run.part((id(owner), names), lambda: OperationPart(owner, path, names))
+    around = part_of(run, owner, path, names[:-1]) if len(names) > 1 else None
+    return run.part((id(owner), names), lambda: OperationPart(owner, path, names, around))
 
 
 def source_of(owner: torch.nn.Module, path: str, tree: Trees) -> Source:

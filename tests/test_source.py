@@ -361,6 +361,17 @@ def test_the_functions_of_a_loop_each_have_their_own_source(model):
         assert torch.equal(moved, model.head.input)
 
 
+def test_loops_in_loops_end_where_the_call_around_them_ends(model):
+    model._module.ends[:] = [shifted, shifted, shifted]
+    with model.trace(X):
+        outer = model.source.end_0
+        seen = [
+            (visit.input, [inner.output for inner in outer.source.moved_0.visits()], visit.output) for visit in outer.visits()
+        ]
+    assert [len(inner) for _, inner, _ in seen] == [1, 1, 1]
+    assert all(torch.equal(given + 1, inner[0]) and inner[0] is after for given, inner, after in seen)
+
+
 def test_the_first_use_may_be_in_a_later_step_of_a_generation(folder):
     model = LanguageModel(folder("gpt2"))
     settings = {"max_new_tokens": 4, "min_new_tokens": 4}
@@ -649,6 +660,25 @@ def test_a_branch_that_is_not_taken_is_an_error_and_the_model_goes_on(model, blo
     assert sentence(NotReachedError, trace(model, lambda: block.source.hidden_neg_0.output)) == (
         "`model.blocks[0].source.hidden_neg_0.output` did not run: the forward of `model.blocks[0]` went another way.\n"
         "Read an operation that this call runs; `print(model.blocks[0].source)` shows where they stand."
+    )
+
+
+def test_what_lies_in_what_is_left_out_does_not_run(model, block):
+    def leave_out_the_block():
+        block.skip(X)
+        block.source.torch_relu_0.output
+
+    def leave_out_the_call():
+        block.source.shifted_0.skip(X)
+        block.source.shifted_0.source.moved_0.output
+
+    assert sentence(NotReachedError, trace(model, leave_out_the_block)) == (
+        "`model.blocks[0].source.torch_relu_0.output` does not run in this step: it is inside `model.blocks[0]`, which was "
+        "skipped.\nRead it in a trace that does not skip that module."
+    )
+    assert sentence(NotReachedError, trace(model, leave_out_the_call)) == (
+        "`model.blocks[0].source.shifted_0.source.moved_0.output` does not run in this step: it is inside "
+        "`model.blocks[0].source.shifted_0`, which was skipped.\nRead it in a trace that does not skip that module."
     )
 
 
