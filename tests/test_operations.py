@@ -110,6 +110,12 @@ def put_into_places(x):
     return box.value, box.items
 
 
+def into_a_place_that_is_called(x):
+    box = {}
+    box[double("key")] = plus(double(x))
+    return box
+
+
 def walrus(x):
     return [z for each in range(x) if (z := double(each)) > 1], (w := double(x)), w
 
@@ -230,6 +236,7 @@ EVENTS = {
     put_into_places: [
         "Box_0", "box_0", "double_0", "box_inner_value_0", "box_items_0", "box_inner_items_0", "double_1", "Box_1",
     ],
+    into_a_place_that_is_called: ["box_0", "double_0", "plus_0", "box_1", "double_1"],
     walrus: ["range_0", "double_0", "double_0", "double_0", "double_1"],
     comprehensions: [
         "range_0", "double_0", "double_0", "double_0", "a_0", "double_1", "plus_0", "double_1", "plus_0", "double_1", "plus_0",
@@ -261,6 +268,13 @@ def test_the_rewritten_function_gives_the_same_and_calls_its_operations_in_the_o
 def test_each_name_is_counted_in_the_order_in_which_it_is_evaluated():
     assert names(nested) == ["double_0", "double_1", "plus_0", "double_2"]
     assert names(loops) == ["total_0", "range_0", "plus_0", "total_1", "total_iadd_0", "total_2"]
+
+
+def test_a_value_is_counted_before_the_place_it_goes_to():
+    assert names(into_a_place_that_is_called) == ["box_0", "double_0", "plus_0", "double_1", "box_1"]
+    assert dissected(into_a_place_that_is_called).operations["double_1"].callee is not None
+    kinds = [each.callee is None for each in dissected(into_a_place_that_is_called).operations.values()]
+    assert kinds == [True, False, False, False, True]
 
 
 def test_an_operation_knows_its_line():

@@ -1,4 +1,4 @@
-"""The operations inside a forward as points: read, replaced, left out, in loops, in what they call; and nothing stays behind."""
+"""The operations inside a forward as points: read, replaced, left out, in loops, in what they call; nothing stays behind."""
 
 import contextlib
 import copy
@@ -302,7 +302,7 @@ def test_the_experts_of_a_mixture_are_reached_in_their_loop():
         given, index, weights = experts.inputs[0]
         loop = experts.source.experts_forward_1
         loop.input
-        down = [name for name in loop.source if name.endswith("linear_1")][0]
+        down = next(name for name in loop.source if name.endswith("linear_1"))
         each = [visit.output for visit in loop.source[down].visits()]
         out = experts.output
     module = experts._module
@@ -388,15 +388,24 @@ def test_the_first_use_may_be_in_a_later_step_of_a_generation(folder):
     assert torch.equal(tracer.result, plain)
 
 
+def test_an_operation_may_be_asked_for_first_at_the_start_of_a_later_call(model, block):
+    with model.trace(X, steps=2, fn="generate") as tracer:
+        block.source.self_lin_0.output
+        for _ in tracer.iter[1:]:
+            block.input
+            relu = block.source.torch_relu_0.output
+    lins = hooked(model._module, lambda: model._module.generate(X, steps=2), "blocks.0.lin")[0]
+    assert torch.equal(relu, torch.relu(lins[1]))
+
+
 def test_the_next_token_has_its_operation_too(model):
     with model.trace(X, steps=3, fn="generate") as tracer:
         first = model.blocks[0].source.self_lin_0.output
         second = model.blocks[0].source.self_lin_0.next().output
-        for step in tracer.iter[2:]:
+        for _ in tracer.iter[2:]:
             third = model.blocks[0].source.self_lin_0.output
     lins = hooked(model._module, lambda: model._module.generate(X), "blocks.0.lin")[0]
     assert all(torch.equal(*pair) for pair in zip((first, second, third), lins, strict=True))
-    assert step == 2
 
 
 def test_a_further_visit_is_refused_inside_a_forward_whose_own_nobody_hears(model):
@@ -904,6 +913,23 @@ def test_no_tensor_is_kept_after_a_trace(model, block):
                 weakref.ref(block.source.hidden_1.output),
             ]
         assert [each() for each in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_tensor_whose_method_was_an_operation_is_not_kept():
+    class Methods(torch.nn.Module):
+        def forward(self, x):
+            y = x + 1
+            return y.mul(2)
+
+    model = NNsight(Methods())
+    gc.disable()
+    try:
+        with model.trace(X):
+            alive = weakref.ref(model.source.y_0.output)
+            model.source.y_mul_0.output
+        assert alive() is None
     finally:
         gc.enable()
 
