@@ -9,7 +9,9 @@ with model.trace("The Eiffel Tower is in"):
 
 import ast
 import builtins
+import inspect
 from collections.abc import Iterator
+from functools import cached_property
 from types import FunctionType
 from typing import Any, Final, Protocol
 
@@ -211,7 +213,8 @@ def _meant(node: ast.expr, function: FunctionType, owner: Any) -> Any:
     """What an expression in a function means that looks up names and attributes only; `UNKNOWN` where that cannot be told."""
     if isinstance(node, ast.Attribute):
         whole = _meant(node.value, function, owner)
-        return UNKNOWN if whole is UNKNOWN else getattr(whole, node.attr, UNKNOWN)
+        computed = isinstance(inspect.getattr_static(type(whole), node.attr, None), (property, cached_property))
+        return UNKNOWN if whole is UNKNOWN or computed else getattr(whole, node.attr, UNKNOWN)
     if not isinstance(node, ast.Name):
         return UNKNOWN
     code = function.__code__

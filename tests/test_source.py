@@ -786,6 +786,23 @@ def test_looking_never_runs_the_model(model, block):
     assert nested
 
 
+def test_looking_computes_no_property():
+    class Computed(torch.nn.Module):
+        @property
+        def fused(self):
+            raise ZeroDivisionError
+
+        def forward(self, x, fuse=False):
+            if fuse:
+                x = self.fused.relu(x)
+            return torch.relu(x)
+
+    model = NNsight(Computed())
+    assert repr(model.source.self_fused_relu_0) == "<model.source.self_fused_relu_0>"
+    with model.trace(X):
+        assert torch.equal(model.source.torch_relu_0.output, X)
+
+
 def test_a_source_is_its_text_with_the_operations_beside_it(block):
     first = Block.forward.__code__.co_firstlineno
     head, *rows = repr(block.source).splitlines()
