@@ -5,6 +5,7 @@ import copy
 import functools
 import gc
 import pickle
+import sys
 import threading
 import weakref
 
@@ -16,6 +17,7 @@ from small_models import hooked
 
 from nnsight_eager import LanguageModel, NNsight, NotReachedError, OutOfOrderError, SourceError
 from nnsight_eager.errors import ChangedInPlaceError, InsideForwardError, OutsideTraceError
+from nnsight_eager.taps import own_forward
 
 PROMPT = "The Eiffel Tower is in"
 X = torch.arange(3.0).reshape(1, 3)
@@ -1104,8 +1106,6 @@ def test_the_calls_of_a_function_on_another_thread_are_not_waited_for():
 
 
 def test_a_rewritten_forward_is_used_only_where_it_is_asked_for(model, block):
-    from nnsight_eager.taps import own_forward
-
     seen = []
     model._module.blocks[0].hooks.append(lambda: seen.append(current_code()))
     with model.trace(X):
@@ -1118,9 +1118,8 @@ def test_a_rewritten_forward_is_used_only_where_it_is_asked_for(model, block):
 
 
 def current_code():
-    import sys
-
+    """The code of the innermost forward of this file that runs."""
     frame = sys._getframe(1)
-    while (frame is not None and frame.f_code.co_name != "forward") or frame.f_code.co_filename != __file__:
+    while (frame.f_code.co_name, frame.f_code.co_filename) != ("forward", __file__):
         frame = frame.f_back
     return frame.f_code
