@@ -33,7 +33,7 @@ class AttentionPattern(Part):
     def __init__(self, owner: torch.nn.Module, path: str, implementation: str) -> None:
         super().__init__(owner, path)
         self.implementation = implementation  # what the model runs otherwise
-        self.users = 0
+        self.users: set[Explicit] = set()
         self.configured: Any = None  # the attention module's own configuration
 
     @property
@@ -41,8 +41,8 @@ class AttentionPattern(Part):
         """One pattern is computed at a time."""
         return id(self)
 
-    def begin(self, stack: Any) -> "Explicit":
-        """Have the owner's attention computed by `explicit_attention`."""
+    def apart(self, stack: Any) -> "Explicit":
+        """The owner's attention, computed by `explicit_attention`."""
         return Explicit(self)
 
     def forward(
@@ -128,22 +128,27 @@ class Explicit:
     """One run's use of a pattern: while any run has one, the module's attention is computed the explicit way."""
 
     def __init__(self, pattern: AttentionPattern) -> None:
+        self._pattern = pattern
+
+    def begin(self) -> None:
+        """Have the attention computed the explicit way."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         ALL_ATTENTION_FUNCTIONS.register(NAME, explicit_attention)
-        self._pattern = pattern
+        pattern = self._pattern
         with _lock:
-            pattern.users += 1
-            if pattern.users == 1:
+            pattern.users.add(self)
+            if pattern.configured is None:
                 config = copy.copy(pattern.owner.config)
                 # Not through the property, which would set the parts of a composed configuration too.
                 vars(config).update(_attn_implementation_internal=NAME, nnsight_eager_pattern=pattern)
-                pattern.configured = exchange(pattern.owner, "config", config)
+                pattern.configured = pattern.owner.config
+                exchange(pattern.owner, "config", config)
 
     def hear(self, part: Part, ear: Any) -> None:
         """The pattern is a module that is called like any other, so its ear hears by itself."""
 
-    def passed(self, part: Part, begun: bool, further: bool) -> bool:
+    def passed(self, part: Part, begun: bool, entering: bool, further: bool) -> bool:
         """The configuration is read when the forward comes to its attention, so it is not too late before that."""
         return False
 
@@ -155,8 +160,8 @@ class Explicit:
         """Give the module its configuration back, where no other run uses the pattern."""
         pattern = self._pattern
         with _lock:
-            pattern.users -= 1
-            if not pattern.users:
+            pattern.users.discard(self)
+            if not pattern.users and pattern.configured is not None:
                 exchange(pattern.owner, "config", pattern.configured)
                 pattern.configured = None
 

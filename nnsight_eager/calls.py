@@ -6,14 +6,15 @@ taps of the owner, acts on the run's own stack, and is gone with the run.
 
 from collections.abc import Hashable
 from functools import partial
-from typing import Any
+from types import MethodType
+from typing import Any, Final, Literal
 
 import torch
 
 from .coroutine import current_stack
 from .errors import SourceError
 from .inside import Part
-from .operations import Dissected, dissected, peeled
+from .operations import CALLS, Dissected, dissected, peeled
 from .paths import near, spelled
 from .taps import Tap, put_innermost, take_down, tap_at
 from .visits import Visit
@@ -22,8 +23,10 @@ from .visits import Visit
 class OperationPart(Part):
     """An operation in the owner's forward, or, named by several names, in a function that one of those calls."""
 
-    def __init__(self, owner: torch.nn.Module, path: str, names: tuple[str, ...]) -> None:
-        super().__init__(owner, f"{path}.source.{'.source.'.join(names)}" if names else f"{path}.source")
+    def __init__(
+        self, owner: torch.nn.Module, path: str, names: tuple[str, ...], around: torch.nn.Module | None = None
+    ) -> None:
+        super().__init__(owner, f"{path}.source.{'.source.'.join(names)}" if names else f"{path}.source", around)
         self.names = names
         self._owner_path = path
 
@@ -32,47 +35,54 @@ class OperationPart(Part):
         """All operations of an owner are heard by one rewritten forward."""
         return id(self.owner)
 
-    def begin(self, stack: Any) -> "Rewritten":
-        """Have the owner's forward run rewritten."""
+    def apart(self, stack: Any) -> "Rewritten":
+        """The owner's forward, rewritten."""
         tap = tap_at(RewrittenForward(), self.owner)
-        tap.calls = RunCalls(f"{self._owner_path}.source")
-        put_innermost(tap, stack)
-        return Rewritten(tap)
+        tap.calls = RunCalls(self.owner, f"{self._owner_path}.source")
+        return Rewritten(tap, stack)
+
+
+State = Literal[0, 1, 2]
+AHEAD: Final = 0
+CALLED: Final = 1
+OVER: Final = 2
+"""How far an operation is that its forward has come by."""
 
 
 class RunCalls:
     """What one run has the rewritten code of one function call, in the place of its operations."""
 
-    __slots__ = ("_begun", "_ears", "_inside", "_last", "_late", "_path")
+    __slots__ = ("_begun", "_ears", "_inside", "_last", "_late", "_owner", "_path")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, owner: torch.nn.Module, path: str) -> None:
+        self._owner = owner
         self._path = path
         self._ears: dict[str, Visit] = {}
         self._inside: dict[str, RunCalls] = {}
-        self._begun: dict[str, bool] | None = None  # what the call in progress has come by, and whether that was called already
-        self._last: dict[str, bool] | None = None  # what the last one had come by; `None` where none was heard
+        self._begun: dict[str, State] | None = None  # what the call in progress has come by
+        self._last: dict[str, State] | None = None  # what the last one had come by; `None` where none was heard
         self._late: set[str] = set()  # what it had come by before anyone heard that
 
     def hear(self, names: tuple[str, ...], ear: Visit) -> None:
         """Have `ear` called for the operation of these names."""
         name, *rest = names
-        if self._begun is not None and name in self._begun:
-            self._late.add(name)
         if not rest:
+            if self._begun is not None and name in self._begun:
+                self._late.add(name)
             self._ears[name] = ear
             return
         if name not in self._inside:
-            self._inside[name] = RunCalls(f"{self._path}.{name}.source")
+            self._inside[name] = RunCalls(self._owner, f"{self._path}.{name}.source")
         self._inside[name].hear(tuple(rest), ear)
 
-    def passed(self, names: tuple[str, ...], begun: bool, further: bool) -> bool:
+    def passed(self, names: tuple[str, ...], begun: bool, entering: bool, further: bool) -> bool:
         """Whether it is too late to ask for the operation of these names in the call in progress, if one has `begun`."""
         if self._begun is None:
             return begun
         name, *rest = names
         if rest and name in self._begun:
-            return self._inside[name].passed(tuple(rest), self._begun[name], further)
-        return name in self._late and not further
+            return self._inside[name].passed(tuple(rest), self._begun[name] is not AHEAD, entering, further)
+        return name in self._late and not further and (entering or self._begun[name] is OVER)
 
     def came_by(self, names: tuple[str, ...]) -> bool:
         """Whether the last call has come by the operation of these names; it may have, where nobody heard it."""
@@ -100,27 +110,44 @@ class RunCalls:
 
     def __call__(self, name: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """The operation `name`, which is a call of `function`."""
-        if self._begun is not None:
-            self._begun[name] = False
+        begun = self._begun
+        if begun is None:
+            begun = {}
+        begun[name] = AHEAD
         ear = self._ears.get(name)
-        if ear is None or current_stack() is not ear.stack:
-            return self._call(name, function, *args, **kwargs)
-        ear.__wrapped__ = partial(self._call, name, function)
         try:
-            return ear(*args, **kwargs)
+            if ear is not None and current_stack() is ear.stack:
+                return _hear(ear, partial(self._call, name, function), args, kwargs)
+            value = self._call(name, function, *args, **kwargs)
+            ear = self._ears.get(name)
+            if ear is None or current_stack() is not ear.stack or ear.stop_before or not ear.stop_after:
+                return value
+            return _hear(ear, partial(_given, ear, value), args, kwargs)  # somebody has asked for the output from inside
         finally:
-            ear.__wrapped__ = _itself  # later runs use the ear again, and it may have been a method of a tensor
+            begun[name] = OVER
 
     def _call(self, name: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call what an operation calls: somebody may have asked for what is inside while the model was paused before it."""
         if self._begun is not None:
-            self._begun[name] = True
+            self._begun[name] = CALLED
         inside = self._inside.get(name)
-        return function(*args, **kwargs) if inside is None else inside.run(function, *args, **kwargs)
+        if inside is None:
+            return function(*args, **kwargs)
+        module = module_called(function, self._owner)
+        if module is not None:
+            raise SourceError(
+                f"`{spelled(self._path)}.{name}` calls a module, of type `{type(module).__name__}`.",
+                "Read the `.source` of that module; `print(model)` shows where it is.",
+            )
+        return inside.run(function, *args, **kwargs)
 
     def assigned(self, name: str, value: Any) -> Any:
         """The operation `name`, which gives a variable its value."""
         return self(name, _itself, value)
+
+    def own(self, names: Any) -> Any:
+        """What `locals()`, `vars()` or `dir()` lists in the function as it is written."""
+        return [each for each in names if each != CALLS] if isinstance(names, list) else _without(names)
 
 
 class RewrittenForward(Tap):
@@ -140,8 +167,13 @@ class RewrittenForward(Tap):
 class Rewritten:
     """A forward that runs rewritten, for one run."""
 
-    def __init__(self, tap: RewrittenForward) -> None:
+    def __init__(self, tap: RewrittenForward, stack: Any) -> None:
         self._tap = tap
+        self._stack = stack
+
+    def begin(self) -> None:
+        """Have the forward run rewritten."""
+        put_innermost(self._tap, self._stack)
 
     def hear(self, part: Part, ear: Visit) -> None:
         """Have `ear` called where the forward comes by the operation."""
@@ -149,10 +181,10 @@ class Rewritten:
         if part.names:
             self._tap.calls.hear(part.names, ear)
 
-    def passed(self, part: Part, begun: bool, further: bool) -> bool:
+    def passed(self, part: Part, begun: bool, entering: bool, further: bool) -> bool:
         """Whether the forward in progress has come past the operation, or had begun when nobody heard it."""
         assert isinstance(part, OperationPart)
-        return self._tap.calls.passed(part.names, begun, further)
+        return self._tap.calls.passed(part.names, begun, entering, further)
 
     def came_by(self, part: Part) -> bool:
         """Whether the last call of the forward has come by the operation, or may have, unheard."""
@@ -162,6 +194,34 @@ class Rewritten:
     def end(self) -> None:
         """Have the forward be as it was."""
         take_down([self._tap])
+
+
+def module_called(function: Any, owner: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that a call of `function` runs, which has a source of its own; its `forward` may be called directly.
+
+    The owner's own forward, which a wrapper of it calls, is no other module's.
+    """
+    if isinstance(function, Tap):
+        return function.module
+    if isinstance(function, MethodType) and isinstance(function.__self__, torch.nn.Module):
+        called = function.__self__
+        return called if called is not owner and function.__func__ is type(called).forward else None
+    return function if isinstance(function, torch.nn.Module) else None
+
+
+def _hear(ear: Visit, call: partial[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Have `ear` hear a call."""
+    ear.__wrapped__ = call
+    try:
+        return ear(*args, **kwargs)
+    finally:
+        ear.__wrapped__ = _itself  # later runs use the ear again, and it may have been a method of a tensor
+
+
+def _given(ear: Visit, value: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """What was called before anyone heard it: whether it has changed its arguments in place is not known any more."""
+    ear.versions = None
+    return value
 
 
 def called_at(ear: Visit) -> Any:
@@ -174,6 +234,10 @@ def no_operation(path: str, name: str, found: Dissected) -> SourceError:
     return SourceError(
         f"`{spelled(path)}` has no operation `{name}`{near(name, found.operations)}", f"`print({spelled(path)})` lists them."
     )
+
+
+def _without(names: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in names.items() if name != CALLS} if CALLS in names else names
 
 
 def _itself(value: Any) -> Any:

@@ -86,7 +86,8 @@ class Ears:
         apart = self.apart.get(part.key)
         if apart is None:
             self.at(part.owner)
-            apart = self.apart[part.key] = part.begin(self._stack)
+            apart = self.apart[part.key] = part.apart(self._stack)  # kept before it begins: Ctrl-C may come in between
+            apart.begin()
         return apart
 
     def learned(self) -> None:
@@ -98,7 +99,9 @@ class Ears:
         """Take every ear out of its module, and let owners call no part apart."""
         take_down(self._put_up)
         while self.apart:
-            self.apart.popitem()[1].end()
+            key = next(reversed(self.apart))
+            self.apart[key].end()
+            del self.apart[key]
 
     def put_away(self, cut_short: bool) -> None:
         """Leave the ears to later runs; done once the forward has ended, whose frames use them."""

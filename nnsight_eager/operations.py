@@ -14,18 +14,20 @@ import ast
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, Final, NamedTuple, Protocol
 
 from .errors import SourceError
-from .rewriting import FUTURES, FunctionScope, without_asserts
+from .rewriting import FUTURES, Comprehension, FunctionScope, Scope, without_asserts
 from .texts import Known, facts, parsed, text_of
 
 CALLS: Final = "(calls)"
 """The keyword under which the rewritten function is given what it calls: no identifier looks like this."""
 
 OF_THE_FRAME: Final = frozenset({"super", "locals", "vars", "dir", "eval", "exec", "globals"})
+LISTING: Final = frozenset({"locals", "vars", "dir"})
+"""Those that, called without arguments, list the frame's names, and `CALLS` among them."""
 
 
 class Calls(Protocol):
@@ -37,9 +39,12 @@ class Calls(Protocol):
     def assigned(self, name: str, value: Any) -> Any:
         """Give back `value`, whose assignment is the operation `name`."""
 
+    def own(self, names: Any) -> Any:
+        """The names of a frame, a dictionary or a list, without `CALLS`."""
+
 
 class Operation(NamedTuple):
-    """One call or assignment: its name, its line in the file, and the expression that is called."""
+    """One call or assignment: its name, its line in the file, and the expression called; none in a scope of its own."""
 
     name: str
     line: int
@@ -66,6 +71,9 @@ class Dissected(NamedTuple):
 
 _known: Final = Known[list[Dissected]](lambda _: [])
 """The code that has been dissected: each once."""
+
+_called_in: Final = Known[list[frozenset[str]]](lambda _: [])
+"""What the wrappers of decorators call."""
 
 
 def peeled(call: Any) -> tuple[FunctionType, Callable[[FunctionType], Any]]:
@@ -124,11 +132,14 @@ def held(cell: CellType) -> Any:
         return None
 
 
-def _called_names(function: FunctionType) -> set[str]:
+def _called_names(function: FunctionType) -> frozenset[str]:
     """The plain names that a function calls. One that hands what it has wrapped to others may run something else."""
-    found = _node_of(function.__code__, text_of(function.__code__, function.__globals__))
-    nodes = ast.walk(found[1]) if found else ()
-    return {each.func.id for each in nodes if isinstance(each, ast.Call) and isinstance(each.func, ast.Name)}
+    known = _called_in.of(function.__code__)
+    if not known:
+        found = _node_of(function.__code__, text_of(function.__code__, function.__globals__))
+        calls = [each.func for each in ast.walk(found[1]) if isinstance(each, ast.Call)] if found else []
+        known.append(frozenset(each.id for each in calls if isinstance(each, ast.Name)))
+    return known[0]
 
 
 def _with_cell(wrapper: FunctionType, number: int, value: Any) -> FunctionType:
@@ -150,8 +161,10 @@ def _dissected(code: CodeType, text: str, name: str) -> Dissected:
             "Read the outputs of its modules instead, or define it in a file or a notebook cell.",
         )
     statement, function = found
+    # What is imported is called in another way than what is not, which shows where a call has many arguments (CPython 3.11).
+    imports = [*_imports(parsed(text, code.co_filename).body)]
     (plain,) = without_asserts([statement])  # a test runner rewrites them
-    if not facts(_code_in(plain, code)) <= facts(code):
+    if not facts(_code_in([*imports, plain], code)) <= facts(code):
         raise SourceError(
             f"The operations of `{name}` cannot be told: {code.co_filename!r} no longer holds the code that is running.",
             "Import the file once more.",
@@ -161,8 +174,8 @@ def _dissected(code: CodeType, text: str, name: str) -> Dissected:
     rewriting = _Apart()
     rewriting.function(copied)
     first = code.co_firstlineno
-    lines = text.splitlines()[first - 1 : function.end_lineno]
-    return Dissected(rewriting.found, lines, first, _code_in(ast.fix_missing_locations(whole), code))
+    lines = text.split("\n")[first - 1 : function.end_lineno]  # `splitlines` also splits at a form feed
+    return Dissected(rewriting.found, lines, first, _code_in([*imports, ast.fix_missing_locations(whole)], code))
 
 
 def _node_of(code: CodeType, text: str) -> tuple[ast.stmt, FunctionScope] | None:
@@ -189,9 +202,18 @@ def _first_line(node: Any) -> int:
     return min(lines)
 
 
-def _code_in(statement: ast.stmt, code: CodeType) -> CodeType:
-    """The code of the function that `code` is of, in its statement compiled anew."""
-    module = ast.Module(body=[statement], type_ignores=[])
+def _imports(body: Iterable[ast.AST]) -> Iterator[ast.stmt]:
+    """The imports of a module, under whatever `if` and `try`, apart from those in functions and classes."""
+    for node in body:
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module != "__future__"):
+            yield node
+        elif not isinstance(node, Scope):
+            yield from _imports(ast.iter_child_nodes(node))
+
+
+def _code_in(statements: list[ast.stmt], code: CodeType) -> CodeType:
+    """The code of the function that `code` is of, in its statement, and what it needs around it, compiled anew."""
+    module = ast.Module(body=statements, type_ignores=[])
     compiled = compile(module, code.co_filename, "exec", flags=code.co_flags & FUTURES, dont_inherit=True)
     return next(
         each for each in _inside(compiled) if (each.co_name, each.co_firstlineno) == (code.co_name, code.co_firstlineno)
@@ -212,6 +234,14 @@ class _Apart(ast.NodeTransformer):
     def __init__(self) -> None:
         self.found: dict[str, Operation] = {}
         self._counts: dict[str, int] = {}
+        self._depth = 0  # of scopes in the function: in them a name may mean something else
+
+    def visit(self, node: ast.AST) -> Any:
+        inner = isinstance(node, (Scope, Comprehension))
+        self._depth += inner
+        done = super().visit(node)
+        self._depth -= inner
+        return done
 
     def function(self, node: Any) -> None:
         """Rewrite the function itself: what is evaluated where it is defined stays."""
@@ -228,13 +258,15 @@ class _Apart(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if isinstance(node.func, ast.Name) and node.func.id in OF_THE_FRAME:
-            return node
+            own = ast.Attribute(ast.Name(CALLS, ast.Load()), "own", ast.Load())
+            listing = node.func.id in LISTING and not (node.args or node.keywords)
+            self.generic_visit(node)
+            return ast.copy_location(ast.Call(own, [node], []), node) if listing else node
         callee = copy.deepcopy(node.func)
         self.generic_visit(node)
         name = self._note(_dotted(callee) or "call", node, callee)
-        return ast.copy_location(
-            ast.Call(ast.Name(CALLS, ast.Load()), [ast.Constant(name), node.func, *node.args], node.keywords), node
-        )
+        call = ast.Call(ast.Name(CALLS, ast.Load()), [ast.Constant(name), node.func, *node.args], node.keywords)
+        return _as_in_a_traceback(ast.copy_location(call, node), callee)
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         node.value = self.visit(node.value)
@@ -249,7 +281,7 @@ class _Apart(ast.NodeTransformer):
         return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST | list[ast.stmt]:
-        node.value = self.visit(node.value)
+        self.generic_visit(node)
         if not isinstance(node.target, ast.Name):
             return node
         name = self._note(f"{node.target.id}_i{IN_PLACE[type(node.op)]}", node)
@@ -269,7 +301,7 @@ class _Apart(ast.NodeTransformer):
         number = self._counts.get(dotted, 0)
         self._counts[dotted] = number + 1
         name = f"{dotted}_{number}"
-        self.found[name] = Operation(name, node.lineno, callee)
+        self.found[name] = Operation(name, node.lineno, None if self._depth else callee)
         return name
 
 
@@ -289,6 +321,15 @@ IN_PLACE: Final = {
     ast.BitAnd: "and",
 }
 """What Python calls `+=` and its like: `__iadd__`."""
+
+
+def _as_in_a_traceback(call: ast.Call, callee: ast.expr) -> ast.Call:
+    """Have a method's call stand on the line of the method's name, as CPython has it where a chain goes over several lines."""
+    if isinstance(callee, ast.Attribute) and callee.end_lineno != callee.lineno:
+        assert callee.end_lineno is not None
+        assert callee.end_col_offset is not None
+        call.lineno, call.col_offset = callee.end_lineno, callee.end_col_offset - len(callee.attr)
+    return call
 
 
 def _given(name: str, value: ast.expr, node: ast.stmt) -> ast.expr:

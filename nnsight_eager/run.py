@@ -129,9 +129,9 @@ class Run:
         """Where there will be no next visit in this step: the output of what an operation is in; else the end of the step."""
         if not isinstance(visit.module, Part):
             return None
-        owner = self._ears.at(visit.module.owner)
-        owner.stop_after = True
-        return owner
+        around = self._ears.at(visit.module.around)
+        around.stop_after = True
+        return around
 
     def _expected(self, module: torch.nn.Module, kind: Kind, path: str, which: Which) -> Visit:
         """The ear at the module, which the model has still to come by; an error where it will not."""
@@ -154,7 +154,9 @@ class Run:
         at, step = self.at, self.step
         owner = self._ears.at(part.owner)
         over = not owner.going_on or owner.kind is OUTPUT
-        if owner.going_on and self._ears.of_part(part).passed(part, over or at is not owner, bool(which)):
+        if current_stack() is self._stack:
+            raise inside_forward()
+        if owner.going_on and self._ears.of_part(part).passed(part, over or at is not owner, kind is INPUT, bool(which)):
             raise self._miss(kind, path, at).too_late(spelled(self.path_of(part.owner)))
         if owner.step == step and visit.step != step and over and not which:
             self._missed(visit, kind, path, at)
@@ -347,14 +349,14 @@ class Run:
             raise miss.no_further()
         if visit.times and visit.step == step:
             raise miss.passed()
+        for skipped in self._skipped:
+            if module is not skipped and _lies_in(module, skipped):
+                raise miss.skipped(self.path_of(skipped))
         if isinstance(module, Part):
             came_by = self._ears.of_part(module).came_by(module)
             module = module.owner
             if self._ears.at(module).step == step:
                 raise miss.passed() if came_by else miss.not_taken(spelled(self.path_of(module)))
-        for skipped in self._skipped:
-            if module is not skipped and any(each is module for each in skipped.modules()):
-                raise miss.skipped(self.path_of(skipped))
         if self._ears.order.runs(module) and (self._beyond or not self._ears.order.runs(module, step)):
             raise miss.no_longer(self._forward.step if self._beyond else None)
         if self._forward.order is None and self._ears.order.runs(module, step):
@@ -372,9 +374,7 @@ class Run:
     def _left_out(self, module: torch.nn.Module, skipped: Visit) -> bool:
         """Whether `module` lies inside one that is skipped and, as far as known, not called again in this step."""
         once = self._forward.order is None and id(skipped.module) not in self._ears.order.repeats
-        if isinstance(module, Part):
-            return once and any(each is module.owner for each in skipped.module.modules())
-        return once and module is not skipped.module and any(each is module for each in skipped.module.modules())
+        return once and module is not skipped.module and _lies_in(module, skipped.module)
 
     def _stopped(self, error: BaseException, at: Visit | None, awaited: Visit | None = None) -> None:
         """The forward has raised, or would not go on: note on the error what was running and what had been edited."""
@@ -391,3 +391,7 @@ class Run:
             error.add_note(f"The model was running `{spelled(self.path_of(module))}`.")
         for each in self.changes:
             error.add_note(f"Edited before: {each}")
+
+
+def _lies_in(module: torch.nn.Module, other: torch.nn.Module) -> bool:
+    return module.lies_in(other) if isinstance(module, Part) else any(each is module for each in other.modules())

@@ -9,16 +9,18 @@ with model.trace("The Eiffel Tower is in"):
 
 import ast
 import builtins
+import inspect
 from collections.abc import Iterator
+from functools import cached_property
 from types import FunctionType
 from typing import Any, Final, Protocol
 
 import torch
 
-from .calls import OperationPart, called_at, no_operation
+from .calls import OperationPart, called_at, module_called, no_operation
 from .ears import Memory
-from .errors import OutsideTraceError, SourceError
-from .operations import Dissected, dissected, peeled
+from .errors import OutsideTraceError, RunEndedError, SourceError
+from .operations import Dissected, dissected, held, peeled
 from .paths import path_in, spelled
 from .points import AtNextVisit, Points
 from .run import Run
@@ -85,13 +87,16 @@ class Source:
         return UNKNOWN if callee is None else _meant(callee, self._function, self._owner if not self._names else UNKNOWN)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *self})
+        return sorted({*super().__dir__(), *(self if self._found is not None else ())})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known.operations)
 
     def __len__(self) -> int:
         return len(self._known.operations)
+
+    def __bool__(self) -> bool:
+        return True
 
     def __contains__(self, name: object) -> bool:
         return name in self._known.operations
@@ -161,8 +166,9 @@ class OperationPoint(Points):
         visit = self._paused()
         if visit is not None and called is UNKNOWN:
             called = called_at(visit)
-        if isinstance(called, torch.nn.Module):
-            path = self._tree.memory.aliases.shown(path_in(self._tree.root, called))
+        module = module_called(called, self._owner)
+        if module is not None:
+            path = self._tree.memory.aliases.shown(path_in(self._tree.root, module))
             raise SourceError(f"`{spelled(self._path)}` calls a module.", f"Its own source is `{spelled(path, 'source')}`.")
         return Source(self._owner, self._owner_path, self._tree, self._names, called)
 
@@ -172,7 +178,7 @@ class OperationPoint(Points):
             at = self._run().at
         except OutsideTraceError:
             return None
-        return at if at is not None and at.module.__dict__.get("path") == self._path and at.kind is INPUT else None
+        return at if at is not None and at.module is self._module and at.kind is INPUT else None
 
     def next(self) -> "NextOperationPoint":
         """This operation's next visit after now, in whatever step: for one in a loop, and for the next token."""
@@ -188,7 +194,8 @@ class NextOperationPoint(AtNextVisit, OperationPoint):
 
 def part_of(run: Run, owner: torch.nn.Module, path: str, names: tuple[str, ...]) -> OperationPart:
     """The part that an operation is: one for all runs of a model."""
-    return run.part((id(owner), names), lambda: OperationPart(owner, path, names))
+    around = part_of(run, owner, path, names[:-1]) if len(names) > 1 else None
+    return run.part((id(owner), names), lambda: OperationPart(owner, path, names, around))
 
 
 def source_of(owner: torch.nn.Module, path: str, tree: Trees) -> Source:
@@ -197,7 +204,7 @@ def source_of(owner: torch.nn.Module, path: str, tree: Trees) -> Source:
     try:
         run = tree.run()
         run.listen(part_of(run, owner, path, ()))
-    except OutsideTraceError:
+    except (OutsideTraceError, RunEndedError):
         pass
     return source
 
@@ -205,8 +212,9 @@ def source_of(owner: torch.nn.Module, path: str, tree: Trees) -> Source:
 def _meant(node: ast.expr, function: FunctionType, owner: Any) -> Any:
     """What an expression in a function means that looks up names and attributes only; `UNKNOWN` where that cannot be told."""
     if isinstance(node, ast.Attribute):
-        held = _meant(node.value, function, owner)
-        return UNKNOWN if held is UNKNOWN else getattr(held, node.attr, UNKNOWN)
+        whole = _meant(node.value, function, owner)
+        computed = isinstance(inspect.getattr_static(type(whole), node.attr, None), (property, cached_property))
+        return UNKNOWN if whole is UNKNOWN or computed else getattr(whole, node.attr, UNKNOWN)
     if not isinstance(node, ast.Name):
         return UNKNOWN
     code = function.__code__

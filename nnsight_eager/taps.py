@@ -190,6 +190,7 @@ def put_up(tap: Tap, stack: Any) -> None:
 
 def put_innermost(tap: Tap, stack: Any) -> None:
     """Have the tap hear what the other taps of its module call: it stands directly in front of the module's own forward."""
+    tap.stack = stack
     with _lock:
         outer = tap.own.get("forward")
         if not isinstance(outer, Tap) or outer.module is not tap.module:
@@ -199,7 +200,6 @@ def put_innermost(tap: Tap, stack: Any) -> None:
                 outer = outer._original
             tap._original, tap.__wrapped__ = outer._original, outer.__wrapped__
             outer._original = outer.__wrapped__ = tap
-        tap.stack = stack
 
 
 def own_forward(module: torch.nn.Module) -> Callable[..., Any]:

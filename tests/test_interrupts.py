@@ -118,6 +118,11 @@ def test_ctrl_c_at_any_line_of_ours(x, ending):
                 raise ZeroDivisionError
 
     model = NNsight(torch.nn.Sequential(Block()))
+    interrupt_everywhere(model, x, one_trace)
+
+
+def interrupt_everywhere(model, x, one_trace):
+    """At each line of ours that `one_trace` runs, one after another."""
     with model.trace(x):
         pass
     before = everything(model)
@@ -130,3 +135,15 @@ def test_ctrl_c_at_any_line_of_ours(x, ending):
     assert line > 200
     with as_before(model):
         pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this platform has no timers")
+def test_ctrl_c_at_any_line_while_a_forward_runs_rewritten(x):
+    def one_trace():
+        with model.trace(x):
+            _ = model[0].source.self_first_0.output
+            model[0].source.hidden_0.output *= 2
+
+    model = NNsight(torch.nn.Sequential(Block()))
+    one_trace()
+    interrupt_everywhere(model, x, one_trace)
