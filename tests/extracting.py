@@ -1,10 +1,12 @@
-"""Extract in processes of their own that are killed at random moments; prints how many left a half-written file.
+"""Extract in processes of their own that are killed; prints how many left a file that was not yet in its place.
 
     python extracting.py FOLDER SEED
 
-Writes `FOLDER/whole`, which nobody interrupted, and `FOLDER/0` to `FOLDER/9`, each killed three times and then let go.
+Writes `FOLDER/whole`, which nobody interrupted, and `FOLDER/0` to `FOLDER/9`, each killed in the middle of writing, then twice at
+random moments, and then let go.
 """
 
+import itertools
 import os
 import random
 import signal
@@ -35,13 +37,23 @@ def extract(model, folder):
     model.extract(rows(), ["transformer.h.*", model.transformer.wte], folder, batch_tokens=80, shard_bytes=40_000)
 
 
-def begun(model, folder):
-    """Extract in a process that was forked, where files take their time to be written; its id."""
+def begun(model, folder, deadly=None):
+    """Extract in a process that was forked, where files take their time to be written; its id.
+
+    The process dies in the middle of writing its file number `deadly`.
+    """
     child = os.fork()
     if child:
         return child
-    flush = os.fsync
-    os.fsync = lambda file: (time.sleep(0.005), flush(file))
+    flush, files = os.fsync, itertools.count()
+
+    def slow_or_deadly(file):
+        if next(files) == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.005)
+        flush(file)
+
+    os.fsync = slow_or_deadly
     try:
         extract(model, folder)
     except BaseException:
@@ -62,12 +74,13 @@ def main(folder, seed):
     ended(begun(model, folder / "whole"))
     whole = time.monotonic() - start
     for number in range(10):
-        for _ in range(3):
+        ended(begun(model, folder / str(number), deadly=number))
+        half_written += any((folder / str(number)).glob("*.part"))
+        for _ in range(2):
             child = begun(model, folder / str(number))
             time.sleep(draw.uniform(0, whole / 2))
             os.kill(child, signal.SIGKILL)
             ended(child)
-            half_written += any((folder / str(number)).glob("*.part"))
         ended(begun(model, folder / str(number)))
     print(half_written)
 
