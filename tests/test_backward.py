@@ -46,9 +46,7 @@ def x():
 
 @pytest.fixture
 def lm(folder):
-    model = LanguageModel(folder("gpt2"), dtype=torch.float64)
-    assert model.trace(PROMPTS[0]).result.logits.dtype is torch.float64  # the first trace loads the weights
-    return model
+    return LanguageModel(folder("gpt2"), dtype=torch.float64).dispatch()
 
 
 def patched():
@@ -891,31 +889,12 @@ def test_what_the_body_sets_in_torch_stays_in_the_body(model, net, x):
 
 
 @pytest.mark.parametrize("ending", ["end", "exception", "return", "break", "continue", "stop", "generator"])
-@pytest.mark.parametrize("way", ["loss.backward", "tracer.backward"])
-def test_nothing_of_torchs_is_replaced_when_the_block_and_the_trace_are_left(model, net, x, ending, way):
-    def body(tracer, loss, hidden):
-        for _ in range(2):
-            with tracer.backward(loss, retain_graph=True):
-                hidden.grad
-                assert "grad" in patched()
-                if ending == "exception":
-                    raise KeyError
-                if ending == "return":
-                    return
-                if ending == "break":
-                    break
-                if ending == "continue":
-                    continue
-                if ending == "stop":
-                    tracer.stop()
-                if ending == "generator":
-                    yield
-            assert "grad" not in patched()
-
-    def written():
+def test_what_stands_in_for_torchs_own_goes_with_the_block_and_with_the_trace(model, x, ending):
+    def body():
         with model.trace(x) as tracer:
             hidden = model.h[0].output
             for _ in range(2):
+                assert patched() == ["backward"]
                 with loss_of(model.output).backward(retain_graph=True):
                     hidden.grad
                     assert patched() == ["backward", "grad"]
@@ -931,49 +910,64 @@ def test_nothing_of_torchs_is_replaced_when_the_block_and_the_trace_are_left(mod
                         tracer.stop()
                     if ending == "generator":
                         yield
-                assert patched() == ["backward"]
+            assert patched() == ["backward"]
 
-    def helped():
-        with model.trace(x) as tracer:
-            yield from body(tracer, loss_of(model.output) if ending == "never" else loss_at(tracer), kept[0])
-
-    kept = []
-
-    def loss_at(tracer):
-        kept.append(model.h[0].output)
-        return loss_of(model.output)
-
-    running = written() if way == "loss.backward" else helped()
+    running = body()
     with contextlib.suppress(KeyError):
-        for _ in running:
-            break
+        next(running, None)
     running.close()
     assert not patched()
-    before = net.head.bias.grad
-    torch.ones(1, requires_grad=True).sum().backward()
-    assert net.head.bias.grad is before
 
 
-def test_a_trace_that_enters_no_backward_pass_replaces_nothing(model, x):
+@pytest.mark.parametrize("ending", ["end", "exception", "return", "no graph", "error in the graph"])
+def test_in_a_helper_function_nothing_stands_in_for_torchs_own_but_in_the_block(model, x, ending):
+    def helper(tracer, loss, hidden):
+        with tracer.backward(loss.detach() if ending == "no graph" else loss):
+            assert patched() == ["grad"]
+            if ending == "exception":
+                raise KeyError
+            if ending == "return":
+                return
+            hidden.grad
+
+    def body():
+        with model.trace(x) as tracer:
+            hidden = model.h[0].output
+            if ending == "error in the graph":
+                model.h[0].output = Failing.apply(hidden)
+            try:
+                helper(tracer, loss_of(model.output), hidden)
+            except (KeyError, NotReachedError):
+                assert ending not in ("end", "return")
+            assert patched() == []
+
+    body()
+
+
+def test_a_trace_in_whose_code_no_backward_pass_is_written_replaces_nothing(model, x):
     with model.trace(x):
-        model.output
+        torch.autograd.grad(model.output.sum(), model._module.head.bias)
         assert not patched()
-        eval("None")
 
 
-def test_traces_and_blocks_that_overlap_leave_when_the_last_has_ended(model, x):
-    one, two = model.trace(x), NNsight(Stack().double()).trace(x)
-    seen = []
-    one.__enter__()
-    two.__enter__()
-    seen.append(patched())
-    one.__exit__(None, None, None)
-    seen.append(patched())
-    two.__exit__(None, None, None)
-    assert seen == [["backward"], ["backward"]]
-    if not seen:
-        with torch.ones(1).backward():  # for the traces to see that one is written here
+def test_a_trace_that_is_entered_twice_by_mistake_puts_back_what_is_torchs(model, x):
+    with pytest.raises(RunError, match=r"^This trace is open already"):
+        with model.trace(x) as tracer, tracer, loss_of(model.output).backward():
             pass
+    assert not patched()
+
+
+def test_of_traces_and_blocks_that_overlap_the_last_to_end_puts_back_what_is_torchs(x):
+    def body():
+        model = NNsight(Stack().double())
+        with model.trace(x), loss_of(model.output).backward():
+            yield
+
+    one, two, seen = body(), body(), []
+    for step in (one.__next__, two.__next__, one.close, two.close):
+        step()
+        seen.append(patched())
+    assert seen == [["backward", "grad"]] * 3 + [[]]
 
 
 def test_on_other_threads_and_in_torchs_own_code_a_gradient_is_torchs(model, net, x):
