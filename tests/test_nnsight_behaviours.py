@@ -220,7 +220,7 @@ def test_a_module_called_without_hook_is_not_seen(model):
 def test_what_is_no_child_is_the_modules_own(model):
     layer = model._module.h[0].lin
     assert model.h[0].lin.weight is layer.weight
-    assert list(model.parameters())[0] is next(model._module.parameters())
+    assert next(iter(model.parameters())) is next(model._module.parameters())
     assert model.state_dict().keys() == model._module.state_dict().keys()
     model.requires_grad_(False)
     model.eval()
