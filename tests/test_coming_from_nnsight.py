@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_models import X4, Stack, hooked
 
-from nnsight_eager import CacheError, LanguageModel, NNsight, StepError
+from nnsight_eager import CacheError, InvokeError, LanguageModel, NNsight, StepError
 
 TEXT = "The Eiffel Tower is in the city of"
 
@@ -112,6 +112,49 @@ def test_a_scan_of_several_prompts_is_a_scan_of_a_list(gpt2):
     with gpt2.scan([TEXT, "Rome"]):
         shape = gpt2.lm_head.output.shape
     assert shape == (2, len(gpt2.tokenizer(TEXT)["input_ids"]), 320)
+    with pytest.raises(InvokeError, match=r"model\.scan\(\[one, other\]\)"), gpt2.scan(TEXT) as tracer:
+        tracer.invoke("Rome")
+
+
+class Thrice(torch.nn.Module):
+    """Runs its one layer three times in a pass."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = torch.tanh(self.layer(x))
+        return x
+
+
+def test_the_visits_of_one_pass_are_met_one_after_another():
+    model = NNsight(Thrice())
+    with model.trace(X4):
+        read = [visit.output for visit in model.layer.visits()]
+    with model.trace(X4):
+        operations = [visit.output for visit in model.source.torch_tanh_0.visits()]
+    (seen,) = hooked(model._module, lambda: model._module(X4), "layer")
+    assert len(read) == len(operations) == 3
+    assert all(map(torch.equal, read, seen))
+    assert all(map(torch.equal, operations, map(torch.tanh, seen)))
+
+
+def test_a_source_is_a_dictionary_of_its_operations(model):
+    source = model.h[0].source
+    assert list(source) == ["self_lin_0"]
+    assert "self_lin_0" in source
+    with model.trace(X4):
+        inside = [source[name].output for name in source]
+    assert torch.equal(inside[0], Stack().h[0].lin(X4))
+
+
+def test_the_side_to_pad_on_is_the_models_whatever_the_tokenizer_says(gpt2):
+    alone = gpt2.trace("Rome").result.logits[0, -1]
+    gpt2.tokenizer.padding_side = "right"
+    torch.testing.assert_close(gpt2.trace([TEXT, "Rome"]).result.logits[1, -1], alone)
 
 
 def test_how_inputs_become_one_batch_is_said_in_one_method(model):
