@@ -951,9 +951,13 @@ def test_a_trace_in_whose_code_no_backward_pass_is_written_replaces_nothing(mode
 
 
 def test_a_trace_that_is_entered_twice_by_mistake_puts_back_what_is_torchs(model, x):
-    with pytest.raises(RunError, match=r"^This trace is open already"):
-        with model.trace(x) as tracer, tracer, loss_of(model.output).backward():
-            pass
+    with (
+        pytest.raises(RunError, match=r"^This trace is open already"),
+        model.trace(x) as tracer,
+        tracer,
+        loss_of(model.output).backward(),
+    ):
+        pass
     assert not patched()
 
 
