@@ -1,8 +1,10 @@
 """Activation patching: where in the residual stream the model keeps which name to say.
 
-A prompt and its corrupt twin differ in one token, the subject (S2), and so in the answer. The clean run's residual stream is put
-into the corrupt run at one layer and one position, and what it recovers of the clean run's preference for the right name is
-measured: 0 is none of it, 1 all (Meng et al. 2022, arXiv:2202.05262; Wang et al. 2022, arXiv:2211.00593).
+A prompt and its corrupt twin differ in one token, the subject (S2), and so in the answer. The residual stream of the clean run is
+put into the corrupt run at one layer and one position, and what that recovers of the clean run's preference for the right name is
+measured: 0 is nothing, 1 all of it (Meng et al. 2022, arXiv:2202.05262; Wang et al. 2022, arXiv:2211.00593).
+
+It is as the literature has it: the answer is at the subject in the early layers and at the last position in the late ones.
 """
 
 import sys
@@ -55,9 +57,10 @@ def experiment(model: LanguageModel, options: Namespace) -> "Figure":
 
     labels = [*given.tokens]
     labels[given.subject] += " (S2)"
-    title = f"Patching the residual stream, clean → corrupt\nmean of {len(given.clean)} prompts, such as this one"
-    figure, plot = axes(title, "position", "layer", (8, 5))
-    heat_map(plot, found, labels, "recovered logit difference (0: corrupt, 1: clean)", cmap="RdBu_r", vmin=-1, vmax=1)
+    title = f"One position of the residual stream, put from the clean into the corrupt run ({len(given.clean)} prompts)"
+    figure, plot = axes(title, "position (tokens of the first prompt)", "layer", (8, 5))
+    lowest = min(0.0, found.min().item())
+    heat_map(plot, found, labels, "recovered logit difference (0: corrupt, 1: clean)", cmap="Blues", vmin=lowest, vmax=1)
     return figure
 
 

@@ -49,20 +49,36 @@ def prompts(model: LanguageModel, scenes: int) -> Prompts:
 
     Raises `InputError` where the tokenizer splits a name, or the prompts have not the same length.
     """
-    clean, corrupt, right, wrong = [], [], [], []
+    clean: list[str] = []
+    names: list[str] = []
     for first, second, place, thing in SCENES[:scenes]:
-        said = [TEMPLATE.format(a=first, b=second, subject=name, place=place, thing=thing) for name in (second, first)]
-        clean += said
-        corrupt += reversed(said)
-        right += [first, second]
-        wrong += [second, first]
-    ids = [model.tokenizer(text).input_ids for text in (*clean, *corrupt)]
-    names = [model.tokenizer(f" {name}", add_special_tokens=False).input_ids for name in (*right, *wrong)]
-    if len({*map(len, ids)}) > 1 or {*map(len, names)} != {1}:
-        raise InputError(
-            "The model's tokenizer splits the prompts' words, so that positions of clean and corrupt prompts do not agree.",
-            "Choose another model, or fewer prompts with `--scenes`.",
-        )
-    differing = next(place for place, (a, b) in enumerate(zip(ids[0], ids[len(clean)], strict=True)) if a != b)
-    answers = torch.tensor(names).flatten().view(2, -1)
-    return Prompts(clean, corrupt, *answers, [model.tokenizer.decode([token]) for token in ids[0]], differing)
+        clean += [TEMPLATE.format(a=first, b=second, subject=name, place=place, thing=thing) for name in (second, first)]
+        names += [first, second]
+    ids = torch.tensor(_ids(model, clean))
+    answers = torch.tensor(_ids(model, [f" {name}" for name in names]))
+    if answers.shape[1] != 1:
+        raise _split()
+    twin = torch.arange(len(clean)) ^ 1  # rows 0 and 1 are each other's twin, 2 and 3, and so on
+    return Prompts(
+        clean,
+        [clean[row] for row in twin],
+        right=answers[:, 0],
+        wrong=answers[twin, 0],
+        tokens=[model.tokenizer.decode([token]) for token in ids[0].tolist()],
+        subject=int((ids[0] != ids[1]).nonzero()[0]),
+    )
+
+
+def _ids(model: LanguageModel, texts: list[str]) -> list[list[int]]:
+    """The texts' tokens, as many for each."""
+    ids: list[list[int]] = model.tokenizer(texts, add_special_tokens=False).input_ids
+    if len({*map(len, ids)}) != 1:
+        raise _split()
+    return ids
+
+
+def _split() -> InputError:
+    return InputError(
+        "The model's tokenizer splits words of the prompts, so that what they have at one position is not the same.",
+        "Choose another model, or fewer scenes with `--scenes`.",
+    )
