@@ -1,8 +1,8 @@
 """Activation patching: where in the residual stream the model keeps which name to say.
 
-A prompt and its corrupt twin differ in one token, the subject (S2), and so in the answer. The residual stream of the clean run is
-put into the corrupt run at one layer and one position, and what that recovers of the clean run's preference for the right name is
-measured: 0 is nothing, 1 all of it (Meng et al. 2022, arXiv:2202.05262; Wang et al. 2022, arXiv:2211.00593).
+A prompt and its corrupt twin differ in one token, the subject (S2), and so in the answer. The residual stream of the clean run
+is put into the corrupt run at one layer and one position, and what that recovers of the clean run's preference for the right
+name is measured: 0 is nothing, 1 all of it (Meng et al. 2022, arXiv:2202.05262; Wang et al. 2022, arXiv:2211.00593).
 
 It is as the literature has it: the answer is at the subject in the early layers and at the last position in the late ones.
 """

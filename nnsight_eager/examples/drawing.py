@@ -27,7 +27,7 @@ def heat_map(plot: "Axes", values: torch.Tensor, tokens: Sequence[str], label: s
     """Values `[layer, position]`, the first layer at the bottom, above the tokens of the prompt; `label` names the colour."""
     image = plot.imshow(values.numpy(), origin="lower", aspect="auto", **colours)
     plot.set_xticks(range(len(tokens)), [shown(token) for token in tokens], rotation=45, ha="right", parse_math=False)
-    plot.set_yticks(range(0, len(values), 1 + len(values) // 16))
+    plot.set_yticks(range(len(values) - 1, -1, -1 - len(values) // 16))
     plot.figure.colorbar(image, ax=plot, label=label)
 
 

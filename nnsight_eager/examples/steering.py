@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 
 FRIENDLY = [
     "I loved every minute of it, it was wonderful.",
-    "What a delightful and brilliant film.",
-    "The food was delicious and the staff were kind.",
+    "What a delightful and clever song.",
+    "The rooms were spotless and the staff were kind.",
     "We had a great time and left happy.",
     "This is the best book that I have ever read.",
     "She was thrilled with the beautiful gift.",
 ]
 HOSTILE = [
     "I hated every minute of it, it was terrible.",
-    "What a dreadful and stupid film.",
-    "The food was disgusting and the staff were rude.",
+    "What a dreadful and stupid song.",
+    "The rooms were filthy and the staff were rude.",
     "We had an awful time and left angry.",
     "This is the worst book that I have ever read.",
     "She was disappointed with the ugly gift.",
 ]
-PROMPTS = [
+PROMPTS = [  # about other things than the sentences
+    "The food in this restaurant was",
     "The film that we saw yesterday was",
-    "I think that this restaurant is",
     "My holiday this year was",
-    "The people here are",
+    "The new teacher is",
 ]
-GOOD = [" great", " good", " wonderful", " beautiful", " amazing", " excellent", " best", " happy"]
-BAD = [" bad", " terrible", " awful", " ugly", " horrible", " poor", " worst", " sad"]
+GOOD = [" good", " excellent", " amazing", " fantastic", " perfect", " nice", " lovely", " impressive"]  # in no sentence
+BAD = [" bad", " horrible", " poor", " disappointing", " sad", " boring", " painful", " unpleasant"]
 SCALES = (-3, -2, -1, 0, 1, 2, 3)
 
 
@@ -63,7 +63,7 @@ def sentiment(model: LanguageModel, layer: int, vector: torch.Tensor, scale: flo
     good, bad = ([model.tokenizer(word, add_special_tokens=False).input_ids[0] for word in words] for words in (GOOD, BAD))
     with model.steer(model.model.layers[layer], vector, scale=scale), model.trace(PROMPTS):
         logits = model.lm_head.output[:, -1]
-    return (logits[:, good].logsumexp(-1) - logits[:, bad].logsumexp(-1)).mean().item()
+    return float((logits[:, good].logsumexp(-1) - logits[:, bad].logsumexp(-1)).mean())
 
 
 def experiment(model: LanguageModel, options: Namespace) -> "Figure":
@@ -79,7 +79,10 @@ def experiment(model: LanguageModel, options: Namespace) -> "Figure":
         print(f"{scale:+d}  {value:6.2f} nats  {model.tokenizer.decode(ids[0], skip_special_tokens=True)!r}")
 
     figure, plot = axes(
-        f"Steering layer {layer} by a direction of sentiment", "scale of the vector", "good over bad words (nats)", (7, 4)
+        f"The output of layer {layer}, steered by a direction of sentiment",
+        "scale of the vector",
+        "log-odds of good over bad words (nats)",
+        (7, 4),
     )
     plot.axhline(found[SCALES.index(0)], color="0.8", linewidth=1)
     torch.manual_seed(0)
@@ -96,7 +99,7 @@ def experiment(model: LanguageModel, options: Namespace) -> "Figure":
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment as a command."""
     options = parser("steering", __doc__ or "")
-    options.add_argument("--layer", type=int, default=14, help="the layer to steer (default: %(default)s)")
+    options.add_argument("--layer", type=int, default=16, help="the layer to steer (default: %(default)s)")
     options.add_argument("--tokens", type=count, default=20, help="how many tokens to write (default: %(default)s)")
     options.add_argument("--random", type=count, default=5, help="how many random vectors to compare (default: %(default)s)")
     return run(experiment, options, arguments)
