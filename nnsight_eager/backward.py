@@ -14,7 +14,7 @@ on the calling thread. While a block is open on a stack, `grad` of a tensor mean
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Final
 
 import torch
@@ -24,7 +24,7 @@ from .compat import TensorPatch
 from .coroutine import Coroutine, current_stack, without_our_frames
 from .entering import is_entered
 from .errors import EditError, NotReachedError, OutOfOrderError, OutsideTraceError, RunEndedError, RunError
-from .nested import described
+from .nested import as_where_made, described
 
 _open: Final[list["Backward"]] = []
 """The blocks that are open, on whatever stack; a block is found by its stack."""
@@ -33,11 +33,25 @@ _open: Final[list["Backward"]] = []
 class Arrival:
     """Where a backward pass is paused: at a node of the graph, with the gradients of what that node has made."""
 
-    __slots__ = ("gradients", "node")
+    __slots__ = ("_own", "gradients", "node")
 
     def __init__(self, node: Node, gradients: tuple[torch.Tensor | None, ...]) -> None:
         self.node = node
         self.gradients = [*gradients]
+        self._own: set[int] = set()
+
+    def read(self, number: int) -> torch.Tensor | None:
+        """One gradient, as a copy: autograd gives one tensor to both sides of a sum, and a change in place is of this side."""
+        there = self.gradients[number]
+        if there is not None and number not in self._own:
+            with as_where_made(there):
+                self.write(number, there.clone())
+        return self.gradients[number]
+
+    def write(self, number: int, value: torch.Tensor | None) -> None:
+        """Have the backward pass go on with `value`."""
+        self._own.add(number)
+        self.gradients[number] = value
 
 
 class Backward:
@@ -53,7 +67,10 @@ class Backward:
 
     def __enter__(self) -> "Backward":
         if self._pass.begun or self._stack is not None:
-            raise RunError("This backward pass has run already.", "Call `loss.backward()` once more for a second one.")
+            raise RunError(
+                "This backward pass has run already.",
+                "Write the call in the `with` statement itself: `with tracer.backward(loss):`; each call is one pass.",
+            )
         edge_of(self._loss, "the loss")  # refused here, where it has none
         self._stack = current_stack()
         _open.append(self)
@@ -82,18 +99,14 @@ class Backward:
 
     def gradient(self, edge: GradientEdge, asked: str) -> torch.Tensor | None:
         """The gradient of a place in the graph: the backward pass goes on until it has it."""
-        return self._reached(edge, asked).gradients[edge.output_nr]
+        return self._reached(edge, asked).read(edge.output_nr)
 
     def replace(self, edge: GradientEdge, value: Any, asked: str) -> None:
         """Have the backward pass go on with `value` as the gradient of a place in the graph."""
         at = self._reached(edge, asked)
-        there = at.gradients[edge.output_nr]
-        fits = there is None or (isinstance(value, torch.Tensor) and value.shape == there.shape and value.dtype == there.dtype)
-        if value is not None and not fits:
-            raise EditError(
-                f"{asked} is {described(there)}, and was given {described(value)}.", "Give one of its shape and type."
-            )
-        at.gradients[edge.output_nr] = value
+        if value is not None:
+            _require_fit(value, at.gradients[edge.output_nr], asked)
+        at.write(edge.output_nr, value)
 
     def _reached(self, edge: GradientEdge, asked: str) -> Arrival:
         """Go on to a node of the graph."""
@@ -140,6 +153,16 @@ class Backward:
             self._hooks = {}
 
 
+def _require_fit(value: Any, there: torch.Tensor | None, asked: str) -> None:
+    if there is None:
+        raise EditError(
+            f"{asked} cannot be set: the loss does not depend on it, so this pass computes none there.",
+            "Set the gradient of a tensor that the loss is computed from.",
+        )
+    if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (there.shape, there.dtype):
+        raise EditError(f"{asked} is {described(there)}, and was given {described(value)}.", "Give one of its shape and type.")
+
+
 def _on_this_thread(run: Callable[[], None]) -> None:
     """On the pass's stack: a hook on another thread could not switch back to the block."""
     with torch.autograd.set_multithreading_enabled(False):
@@ -171,10 +194,26 @@ def edge_of(tensor: torch.Tensor, what: str) -> GradientEdge:
 
 def here(what: str) -> Backward:
     """The backward pass whose block is open on this stack."""
+    running = _open_here()
+    if running is None:
+        raise OutsideTraceError(
+            f"{what} was read where no backward pass is open.", "Read it inside `with tracer.backward(loss):`."
+        )
+    return running
+
+
+def _open_here() -> Backward | None:
     for each in reversed(_open):
         if each.waits_here:
             return each
-    raise OutsideTraceError(f"{what} was read where no backward pass is open.", "Read it inside `with tracer.backward(loss):`.")
+    return None
+
+
+def _meant_by(frame: FrameType) -> Backward | None:
+    """The backward pass that `tensor.grad` in `frame` is of: none where torch itself asks (`deepcopy`, an optimizer)."""
+    if frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+        return None
+    return _open_here()
 
 
 def _is_leaf(node: Node) -> bool:
@@ -199,16 +238,17 @@ def _grad(torchs: Any) -> property:
     """`Tensor.grad` on the stack of an open block; elsewhere torch's own."""
 
     def read(tensor: torch.Tensor) -> Any:
-        for each in reversed(_open):
-            if each.waits_here:
-                return each.gradient(edge_of(tensor, "the tensor"), _spelled(tensor))
-        return torchs.__get__(tensor)
+        running = _meant_by(sys._getframe(1))
+        if running is None:
+            return torchs.__get__(tensor)
+        return running.gradient(edge_of(tensor, "the tensor"), _spelled(tensor))
 
     def write(tensor: torch.Tensor, value: Any) -> None:
-        for each in reversed(_open):
-            if each.waits_here:
-                return each.replace(edge_of(tensor, "the tensor"), value, _spelled(tensor))
-        torchs.__set__(tensor, value)
+        running = _meant_by(sys._getframe(1))
+        if running is None:
+            torchs.__set__(tensor, value)
+        else:
+            running.replace(edge_of(tensor, "the tensor"), value, _spelled(tensor))
 
     return property(read, write, torchs.__delete__)
 

@@ -118,17 +118,21 @@ class Cache:
         return iter(self._entries)
 
     def __contains__(self, path: object) -> bool:
-        return isinstance(path, str) and self._own(path) in self._entries
+        return isinstance(path, str) and self._place(path)._path in self._entries
 
     def __getitem__(self, path: str) -> "Cached":
-        if path not in self._entries and path.startswith("model.") and self._own(path[6:]) in self._entries:
-            path = path[6:]
-        return Cached(self, self._own(path))._checked()
+        return self._place(path)._checked()
 
     def __getattr__(self, name: str) -> "Cached":
         if name.startswith("_"):
             raise AttributeError(name)
-        return Cached(self, self._own(name))._checked()
+        return self._place(name)._checked()
+
+    def _place(self, path: str) -> "Cached":
+        """The place at a path in any names, which may begin at `model`, as in a message or `cache.model.transformer`."""
+        first, _, below = path.partition(".")
+        place = Cached(self, self._own(path))
+        return Cached(self, self._own(below)) if first == "model" and not place._is_there() else place
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *(path.split(".")[0] for path in self._entries if path)})
@@ -214,31 +218,49 @@ class Cached:
             )
         return visits[0]
 
+    def _is_there(self) -> bool:
+        """Whether the cache has something of this module or of one below it."""
+        return any(path == self._path or path.startswith(self._prefix) for path in self._cache._entries)
+
     def _checked(self) -> "Cached":
-        if not any(path == self._path or path.startswith(f"{self._path}.") for path in self._cache._entries):
+        if not self._is_there():
             raise self._unknown()
         return self
 
     def _unknown(self) -> CacheError:
         hint = near(self._path, self._cache.keys())
         return CacheError(
-            f"The cache has nothing of `{self._path}`{hint}", f"It holds {len(self._cache)} modules: `cache.keys()`."
+            f"The cache has nothing of `{self._path or 'model'}`{hint}", f"It holds {len(self._cache)} modules: `cache.keys()`."
         )
 
     def __getattr__(self, name: str) -> "Cached":
         if name.startswith("_"):
             raise AttributeError(name)
-        return Cached(self._cache, self._cache._own(f"{self._path}.{name}"))._checked()
+        return self._below(name)
 
     def __getitem__(self, key: int | str) -> "Cached":
         if isinstance(key, int) and key < 0:
-            depth = self._path.count(".") + 1
-            below = [path.split(".")[depth] for path in self._cache._entries if path.startswith(f"{self._path}.")]
-            key = 1 + max(int(each) for each in below if each.isdigit()) + key
-        return Cached(self._cache, f"{self._path}.{key}")._checked()
+            below = [path.removeprefix(self._prefix) for path in self._cache._entries if path.startswith(self._prefix)]
+            key = 1 + max(int(each.split(".")[0]) for each in below if each.split(".")[0].isdigit()) + key
+        return self._below(str(key))
+
+    def _below(self, name: str) -> "Cached":
+        return self._cache._place(f"{self._prefix}{name}")._checked()
+
+    @property
+    def _prefix(self) -> str:
+        """How the paths of the modules below this one begin."""
+        return f"{self._path}." if self._path else ""
+
+    def __len__(self) -> int:
+        """How often the module was visited."""
+        return len(self._cache._entries.get(self._path, ()))
+
+    def __bool__(self) -> bool:
+        return True
 
     def __repr__(self) -> str:
-        return f"<cached {spelled(self._path)}: {len(self._cache._entries.get(self._path, ()))} visits>"
+        return f"<cached {spelled(self._path)}: {len(self)} visits>"
 
 
 def _described(value: Any, stored: dict[str, torch.Tensor], name: str) -> Any:

@@ -8,7 +8,8 @@ padded on the side the model wants, with a mask that says so.
 """
 
 from collections.abc import Container, Mapping, Sequence
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -16,6 +17,9 @@ from .errors import EmptyInputError, InputError, MaskError, TokenizerMissingErro
 from .padding import CONTENT, FILLS, Side, lengths_differ
 
 Row = list[int]
+
+TOKENIZING: Final = ("truncation", "add_special_tokens")
+"""Keywords of the tokenizer that no model takes; beside `truncation`, `max_length` is the tokenizer's too."""
 
 
 class Inputs(NamedTuple):
@@ -38,7 +42,14 @@ class Inputs(NamedTuple):
                 "The model was given an input and `input_ids=` or `inputs_embeds=` as well; it takes one of them.",
                 "Pass the prompt alone, or the keyword alone.",
             )
-        prepared = {**(self.encode(given[0]) if given else {}), **keywords}
+        tokenizing, prepared = for_tokenizer(keywords)
+        if tokenizing and not (given and _is_text(given[0])):
+            raise InputError(
+                f"`{next(iter(tokenizing))}=` is for the tokenizer, and the model was given no text.",
+                "Pass text, or leave it away.",
+            )
+        if given:
+            prepared = {**(self.text(given[0], tokenizing) if tokenizing else self.encode(given[0])), **prepared}
         if isinstance(prepared.get("input_ids"), (list, tuple)):
             prepared |= self.rows(prepared["input_ids"], keep_mask=prepared.get("attention_mask") is not None)
         if isinstance(prepared.get("attention_mask"), (list, tuple)):
@@ -51,7 +62,7 @@ class Inputs(NamedTuple):
         if given is None:
             raise EmptyInputError("The model was given `None` to run on.", 'Pass a prompt: `model.trace("The Eiffel Tower")`.')
         if isinstance(given, str):
-            return self.text([given])
+            return self.text(given)
         if hasattr(given, "__array__"):
             given = torch.as_tensor(given)
         if isinstance(given, torch.Tensor):
@@ -64,7 +75,7 @@ class Inputs(NamedTuple):
             raise _empty("[]")
         first = given[0]
         if isinstance(first, str):
-            return self.text(list(given))
+            return self.text(given)
         if is_message(first):
             return self.chats([list(given)])
         if isinstance(first, Sequence) and first and is_message(first[0]):
@@ -73,12 +84,13 @@ class Inputs(NamedTuple):
             return self.rows(given)
         raise _not_an_input(given)
 
-    def text(self, texts: list[Any]) -> dict[str, Any]:
-        """Tokenized text."""
+    def text(self, given: Any, tokenizing: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        """One text or several, tokenized."""
+        texts = [given] if isinstance(given, str) else list(given)
         strange = next((text for text in texts if not isinstance(text, str)), None)
         if strange is not None:
             raise _not_an_input(strange)
-        encoded = self._tokenizer("text")(texts)
+        encoded = self._tokenizer("text")(texts, **tokenizing)
         empty = next((text for text, row in zip(texts, encoded["input_ids"], strict=True) if not len(row)), None)
         if empty is not None:
             raise _empty(repr(empty))
@@ -171,6 +183,17 @@ def check(prepared: Mapping[str, Any]) -> None:
             f"`attention_mask` has shape {list(mask.shape)}; the input is {list(content.shape[:2])} ([batch, seq]).",
             "Give one mask value for each token, 1 to attend to it and 0 for padding.",
         )
+
+
+def for_tokenizer(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keywords that say how text is tokenized, and the others."""
+    names = (*TOKENIZING, "max_length") if "truncation" in keywords else TOKENIZING
+    tokenizing = {name: value for name, value in keywords.items() if name in names}
+    return tokenizing, {name: value for name, value in keywords.items() if name not in names}
+
+
+def _is_text(given: Any) -> bool:
+    return isinstance(given, str) or (isinstance(given, (list, tuple)) and bool(given) and isinstance(given[0], str))
 
 
 def is_message(value: Any) -> bool:

@@ -21,7 +21,7 @@ from .batching import Given, with_shared
 from .dataset import Row, refuse_longer, token_rows
 from .errors import InputError, LoadError
 from .extraction import Extraction, Options
-from .inputs import Inputs
+from .inputs import Inputs, for_tokenizer
 from .loading import Source, source, tokenizer_for
 from .model import NNsight
 from .padding import CONTENT, Side, positions, together
@@ -135,8 +135,9 @@ class LanguageModel(NNsight):
                 logits = model.lm_head.output                 # [batch, seq, vocabulary]
 
         The input is text, a list of texts, ids (a list, nested lists, a tensor), an encoding or dict, chat messages, or one of
-        the keywords `input_ids=`, `inputs_embeds=`; other keywords go to the call. Shorter rows are padded, left for a causal
-        model, with their positions counted from the first real token. With `fn`, what is given goes to that method as it is.
+        the keywords `input_ids=`, `inputs_embeds=`. `truncation=`, `max_length=` beside it, and `add_special_tokens=` go to the
+        tokenizer, other keywords to the call. Shorter rows are padded, left for a causal model, with their positions counted
+        from the first real token. With `fn`, what is given goes to that method as it is.
         """
         self.dispatch()
         if fn is not None and fn != "forward":
@@ -235,8 +236,9 @@ class LanguageModel(NNsight):
             return Trace(self._tree, name, self._called(name, self._inputs.prepare(inputs, keywords)), None)
 
         def together(given: Sequence[Given]) -> tuple[Call, list[int]]:
-            batch, sizes = self.batch(given)
-            return self._called(name, with_shared(batch, keywords).kwargs), sizes
+            tokenizing, others = for_tokenizer(keywords)
+            batch, sizes = self.batch([Given(each.args, {**tokenizing, **each.kwargs}) for each in given])
+            return self._called(name, with_shared(batch, others).kwargs), sizes
 
         return Trace(self._tree, name, None, Division(together, batched))
 

@@ -11,12 +11,12 @@ chooses by values cannot: transformers keeps an attention mask that it would dro
 """
 
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
-from .errors import InputError, PathError, RunError
+from .errors import InputError, InvokeError, PathError, RunError
 from .nested import described, mapped, tensors
 from .paths import near, spelled
 from .run import Call
@@ -52,6 +52,10 @@ class Scan(Trace):
             mode.__exit__(None, None, None)
             raise
         return self
+
+    def invoke(self, *inputs: Any, rows: Any = ..., **keywords: Any) -> NoReturn:
+        """A scan has one input."""
+        raise InvokeError("A scan has one input, so it has no invokes.", "Scan a list: `with model.scan([one, other]):`.")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
         try:

@@ -22,7 +22,7 @@ from .compat import add_save_to_builtins
 from .coroutine import without_our_frames
 from .current import enter, leave, opening_frames
 from .entering import enters_call_of, is_entered
-from .errors import InputError, InvokeError, RunEndedError, RunError
+from .errors import InputError, InvokeError, RunEndedError, RunError, StepError
 from .invokes import Invoke, InvokeInPlace, Invokes, outside_invokes
 from .paths import spelled
 from .run import Call, Run, Stop
@@ -356,10 +356,12 @@ class Trace:
         """All steps, as `tracer.iter[:]`."""
         return self.iter[:]
 
-    def next(self) -> None:
-        """Run on to the next step; what is asked from here on is asked of that step."""
+    def next(self, step: int = 1) -> None:
+        """Run on to the next step, or by so many; what is asked from here on is asked of that step."""
         run = self._opened()
-        run.to_step(run.step + 1)
+        if step < 1:
+            raise StepError(f"`tracer.next({step})` would not go forward.", "A model runs its steps in order: `tracer.next()`.")
+        run.to_step(run.step + step)
 
     def stop(self) -> NoReturn:
         """Close the forward pass and leave the block: nothing behind this point is computed."""

@@ -96,3 +96,28 @@ def extracted(model: LanguageModel) -> list[torch.Tensor]:
     text = activations[0]
     width: int = Activations("folder").points["lm_head"].shape[0]
     return [text.tokens, text["lm_head"][:, :width], *(shard["transformer.h.5"] for shard in activations.shards())]
+
+
+def inside_a_forward(model: LanguageModel) -> None:
+    with model.trace("The Eiffel Tower"):
+        attention = model.transformer.h[5].attn.source.attention_interface_1
+        attention.inputs
+        attention.skip(attention.input)
+        for visit in attention.source["expert_0"].visits():
+            visit.output *= 0
+
+
+def backwards(model: LanguageModel) -> torch.Tensor:
+    with model.trace("The Eiffel Tower") as tracer:
+        hidden: torch.Tensor = model.transformer.h[5].hidden
+        with tracer.backward(model.lm_head.output.sum(), retain_graph=True):
+            model.transformer.h[5].output_grad *= 2
+    return hidden
+
+
+def named_anew(module: torch.nn.Module) -> LanguageModel:
+    model = LanguageModel("openai-community/gpt2", rename={"transformer.h": "layers", torch.nn.Linear: "linear"})
+    model.load_adapter("folder")
+    model.layers[0].adapter = module
+    model.layers[0].adapter(torch.zeros(1), hook=True)
+    return model

@@ -2,8 +2,8 @@
 
     python extracting.py FOLDER SEED
 
-Writes `FOLDER/whole`, which nobody interrupted, and `FOLDER/0` to `FOLDER/9`, each killed in the middle of writing, then twice at
-random moments, and then let go.
+Writes `FOLDER/whole`, which nobody interrupted, and `FOLDER/0` to `FOLDER/9`, each killed in the middle of writing, then twice
+at random moments, and then let go.
 """
 
 import itertools

@@ -159,3 +159,32 @@ def test_several_lengths_without_anything_to_pad_with_are_a_sentence(gpt2, ids):
         bare.trace([ids, ids[:3]])
     happened = f"The inputs have 3 to {len(ids)} tokens, and there is no token to pad with."
     assert str(caught.value).splitlines()[0] == happened
+
+
+def test_text_is_cut_as_the_tokenizer_is_told(gpt2):
+    ids = gpt2.tokenizer(PROMPT)["input_ids"]
+    with gpt2.trace(PROMPT, truncation=True, max_length=3):
+        one = gpt2.transformer.wte.input
+    with gpt2.trace([PROMPT, SHORT], truncation=True, max_length=3):
+        several = gpt2.transformer.wte.input
+    with gpt2.trace(truncation=True, max_length=3) as tracer:
+        with tracer.invoke(PROMPT):
+            shared = gpt2.transformer.wte.input
+        with tracer.invoke(PROMPT, max_length=2):
+            own = gpt2.transformer.wte.input[:, -2:]
+    assert one.tolist() == shared.tolist() == [ids[:3]]
+    assert several[0].tolist() == ids[:3]
+    assert own.tolist() == [ids[:2]]
+
+
+def test_generations_own_max_length_is_generations(gpt2):
+    length = len(gpt2.tokenizer(PROMPT)["input_ids"])
+    assert gpt2.generate(PROMPT, max_length=length + 2).result.shape == (1, length + 2)
+
+
+def test_the_tokenizers_keywords_without_text_are_refused(gpt2):
+    for given in ([1, 2, 3], torch.tensor([[1, 2]])):
+        with pytest.raises(nnsight_eager.InputError, match=r"`truncation=` is for the tokenizer"):
+            gpt2.trace(given, truncation=True)
+    with pytest.raises(nnsight_eager.InputError, match=r"`truncation=` is for the tokenizer"):
+        gpt2.trace(input_ids=torch.tensor([[1, 2]]), truncation=True)

@@ -261,6 +261,7 @@ def test_operations_of_real_attention_are_what_hooks_see(folder, kind, owner, pr
         assert torch.equal(source[operation].output, expected)
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 has other code here, and so other names")
 @pytest.mark.parametrize(("kind", "owner"), [("gpt2", "transformer.h.1.attn"), ("llama", "model.layers.1.self_attn")])
 def test_the_attention_interface_is_followed_down_to_sdpa(folder, kind, owner):
     model = LanguageModel(folder(kind))
@@ -482,6 +483,7 @@ def test_a_cache_beside_it_sees_the_same(model, block):
     assert torch.equal(kept["model.blocks.0.lin"].output, model._module.blocks[0].lin(X))
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="attention masks of transformers 4 choose by values")
 def test_a_scan_has_the_shapes_of_operations(gpt2):
     with gpt2.scan(PROMPT):
         shape = gpt2.transformer.h[0].attn.source.attention_interface_1.output[0].shape
@@ -489,6 +491,7 @@ def test_a_scan_has_the_shapes_of_operations(gpt2):
         assert gpt2.transformer.h[0].attn.source.attention_interface_1.output[0].shape == shape
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 has other code here, and so other names")
 def test_the_pattern_of_an_attention_is_read_beside_its_operations(gpt2):
     attn = gpt2.transformer.h[0].attn
     arguments(gpt2)
