@@ -1,9 +1,12 @@
 """Attribution patching: all patches at once from one backward pass, and how far that can be trusted.
 
-To first order a patch changes the corrupt run by (clean − corrupt) · gradient, summed over the hidden dimension; two forward
+To first order a patch changes the corrupt run by (clean - corrupt) · gradient, summed over the hidden dimension: two forward
 passes and one backward pass estimate every layer and position (Nanda 2023, "Attribution Patching"; Syed et al. 2023,
-arXiv:2310.10348). The scatter plot has each estimate beside the patch itself, for the residual stream and for what the attention
-and the MLP of each layer add to it.
+arXiv:2310.10348). The scatter plot has each estimate beside the patch itself, for the residual stream and for what the
+attention and the MLP of each layer add to it.
+
+In the demo model the estimates are good for attention and for the last position. They are far too low for the residual stream at
+the subject and for the first MLP there: a patch of the whole token goes further than the gradient sees, as Nanda found.
 """
 
 import sys
@@ -50,7 +53,10 @@ def experiment(model: LanguageModel, options: Namespace) -> "Figure":
     """The scatter plot of estimates and patches, a point for each layer and position."""
     given = prompts(model, options.scenes)
     figure, plot = axes(
-        "Attribution patching beside activation patching", "estimated from the gradient", "recovered by the patch", (6, 5)
+        "Attribution patching beside activation patching",
+        "recovered logit difference, estimated from the gradient",
+        "recovered logit difference, by the patch",
+        (6, 5),
     )
     for name, part in PARTS.items():
         # Before the subject nothing differs, and both are exactly 0.
@@ -58,10 +64,13 @@ def experiment(model: LanguageModel, options: Namespace) -> "Figure":
             found[:, given.subject :].flatten() for found in (estimated(model, given, part), recovered(model, given, part))
         )
         correlation = torch.corrcoef(torch.stack((guess, patch)))[0, 1]
-        print(f"{name}: correlation {correlation:.3f} over {len(guess)} patches")
+        worst = int((guess - patch).abs().argmax())
+        print(f"{name}: correlation {correlation:.3f} over {len(guess)} patches; the furthest off is", end=" ")
+        layer, position = divmod(worst, len(given.tokens) - given.subject)
+        print(f"layer {layer}, {given.tokens[given.subject + position]!r}: {guess[worst]:.2f} for {patch[worst]:.2f}")
         plot.scatter(guess, patch, s=14, alpha=0.7, label=f"{name} (r = {correlation:.2f})")
     plot.axline((0, 0), slope=1, color="0.7", linewidth=1, zorder=0)
-    plot.legend(frameon=False)
+    plot.legend(frameon=False, loc="lower right")
     return figure
 
 

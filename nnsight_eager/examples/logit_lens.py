@@ -2,7 +2,7 @@
 
 Each layer's output goes through the final norm and the output matrix (nostalgebraist, "interpreting GPT: the logit lens",
 2020). The demo model's early and middle layers answer with punctuation; what follows from grammar comes up in the last third
-(" of" after "city"), what has to be known in the last layers (" Paris"). `python -m nnsight_eager` is the same for one position.
+(" of" after "city"), what has to be known in the last two (" Paris"). `python -m nnsight_eager` shows one position as a table.
 """
 
 import sys
