@@ -5,8 +5,8 @@ passes and one backward pass estimate every layer and position (Nanda 2023, "Att
 arXiv:2310.10348). The scatter plot has each estimate beside the patch itself, for the residual stream and for what the
 attention and the MLP of each layer add to it.
 
-In the demo model the estimates are good for attention and for the last position. They are far too low for the residual stream at
-the subject and for the first MLP there: a patch of the whole token goes further than the gradient sees, as Nanda found.
+In the demo model the estimates are good for attention and for the last position. They are far too low for the residual stream
+at the subject and for the first MLP there: a patch of the whole token goes further than the gradient sees, as Nanda found.
 """
 
 import sys
@@ -60,15 +60,16 @@ def experiment(model: LanguageModel, options: Namespace) -> "Figure":
     )
     for name, part in PARTS.items():
         # Before the subject nothing differs, and both are exactly 0.
-        guess, patch = (
-            found[:, given.subject :].flatten() for found in (estimated(model, given, part), recovered(model, given, part))
-        )
+        guess = estimated(model, given, part)[:, given.subject :].flatten()
+        patch = recovered(model, given, part)[:, given.subject :].flatten()
         correlation = torch.corrcoef(torch.stack((guess, patch)))[0, 1]
-        worst = int((guess - patch).abs().argmax())
-        print(f"{name}: correlation {correlation:.3f} over {len(guess)} patches; the furthest off is", end=" ")
-        layer, position = divmod(worst, len(given.tokens) - given.subject)
-        print(f"layer {layer}, {given.tokens[given.subject + position]!r}: {guess[worst]:.2f} for {patch[worst]:.2f}")
         plot.scatter(guess, patch, s=14, alpha=0.7, label=f"{name} (r = {correlation:.2f})")
+
+        off = int((guess - patch).abs().argmax())
+        layer, position = divmod(off, len(given.tokens) - given.subject)
+        token = given.tokens[given.subject + position]
+        print(f"{name}: correlation {correlation:.3f} over {len(guess)} patches")
+        print(f"  furthest off at layer {layer}, {token!r}: estimated {guess[off]:.2f}, recovered {patch[off]:.2f}")
     plot.axline((0, 0), slope=1, color="0.7", linewidth=1, zorder=0)
     plot.legend(frameon=False, loc="lower right")
     return figure

@@ -34,10 +34,7 @@ def run(experiment: Experiment, parser: argparse.ArgumentParser, arguments: Sequ
     try:
         import matplotlib  # noqa: F401  # asked for before the model is loaded, since the figure comes last
 
-        model = LanguageModel(options.model or demo.folder(), dtype=torch.float32)
-        if model.tokenizer is None:
-            raise InputError(f"`{options.model}` has no tokenizer.", "Name a folder that a tokenizer was saved into as well.")
-        experiment(model, options).savefig(options.out, dpi=100)
+        experiment(loaded(options.model or demo.folder()), options).savefig(options.out, dpi=100)
     except ModuleNotFoundError as error:
         return refused(f"The figures need the package `{error.name}`.\nRun `pip install 'nnsight_eager[examples]'`.")
     except NnsightEagerError as error:
@@ -48,6 +45,18 @@ def run(experiment: Experiment, parser: argparse.ArgumentParser, arguments: Sequ
         return 130
     print(f"The figure is in {options.out}.")
     return 0
+
+
+def loaded(name: str | Path) -> LanguageModel:
+    """The model, with the parts that every experiment names."""
+    model = LanguageModel(name, dtype=torch.float32)
+    if model.tokenizer is None:
+        raise InputError(f"`{name}` has no tokenizer.", "Name a folder that a tokenizer was saved into as well.")
+    if not all(path in dict(model.named_modules()) for path in ("model.layers", "model.norm", "lm_head")):
+        raise InputError(
+            f"`{name}` has no `model.layers`, `model.norm` and `lm_head`.", "Name a model that is built like Llama."
+        )
+    return model
 
 
 def refused(sentence: str) -> int:

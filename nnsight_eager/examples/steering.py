@@ -69,7 +69,7 @@ def sentiment(model: LanguageModel, layer: int, vector: torch.Tensor, scale: flo
 def experiment(model: LanguageModel, options: Namespace) -> "Figure":
     """The measure over the scale, and what the model writes."""
     layer, layers = options.layer, len(model.model.layers)
-    if layer >= layers:
+    if layer not in range(layers):
         raise InputError(f"`--layer {layer}` does not exist: the model has {layers} layers.", f"Give 0 to {layers - 1}.")
     vector = mean(model, layer, FRIENDLY) - mean(model, layer, HOSTILE)
     found = [sentiment(model, layer, vector, scale) for scale in SCALES]
