@@ -50,10 +50,9 @@ SCALES = (-3, -2, -1, 0, 1, 2, 3)
 def mean(model: LanguageModel, layer: int, sentences: list[str]) -> torch.Tensor:
     """The mean of a layer's output over all tokens of the sentences, `[hidden]`."""
     tokens = []
-    with model.trace() as tracer:
-        for sentence in sentences:
-            with tracer.invoke(sentence):
-                tokens.append(model.model.layers[layer].hidden[0])
+    for sentence in sentences:  # one after another, so that no padding is counted
+        with model.trace(sentence):
+            tokens.append(model.model.layers[layer].hidden[0])
     return torch.cat(tokens).mean(0)
 
 
