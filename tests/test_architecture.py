@@ -159,29 +159,6 @@ def test_the_layout_names_no_module_that_is_gone():
     assert set(MAY_IMPORT) <= set(modules())
 
 
-def test_the_examples_import_what_is_public_and_each_other():
-    """What a user can import: names of the package, its demo model, and other examples."""
-    for path in (PACKAGE / "examples").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                assert not node.level, path.name
-                if (node.module or "").startswith("nnsight_eager.examples."):
-                    continue
-                if (node.module or "").split(".")[0] == "nnsight_eager":
-                    assert node.module == "nnsight_eager", path.name
-                    assert {alias.name for alias in node.names} <= {*public(), "demo"}, path.name
-
-
-def test_no_module_imports_the_examples():
-    assert not any("examples" in imports_of_ours(tree) | imported(tree) for tree in modules().values())
-
-
-def public() -> set[str]:
-    """The names that the package exports."""
-    exported = ast.parse((PACKAGE / "__init__.py").read_text())
-    return {alias.asname for node in exported.body if isinstance(node, ast.ImportFrom) for alias in node.names if alias.asname}
-
-
 def test_one_module_imports_greenlet():
     assert {name for name, tree in modules().items() if "greenlet" in imported(tree)} == {"coroutine"}
 
