@@ -174,7 +174,8 @@ def test_the_steering_vector_and_its_effect_are_those_of_plain_hooks(model):
         (["--out", "figure.docx"], "argument --out: `figure.docx` does not end in .png, .svg or .pdf"),
     ],
 )
-def test_what_goes_wrong_is_a_sentence_and_a_status(words, capsys, arguments, sentence):
+def test_what_goes_wrong_is_a_sentence_and_a_status(words, tmp_path, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
     model = [] if "--model" in arguments else ["--model", str(words)]
     assert status(steering, [*model, *arguments]) != 0
     said = capsys.readouterr().err
