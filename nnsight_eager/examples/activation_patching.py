@@ -4,7 +4,8 @@ A prompt and its corrupt twin differ in one token, the subject (S2), and so in t
 is put into the corrupt run at one layer and one position, and what that recovers of the clean run's preference for the right
 name is measured: 0 is nothing, 1 all of it (Meng et al. 2022, arXiv:2202.05262; Wang et al. 2022, arXiv:2211.00593).
 
-It is as the literature has it: the answer is at the subject in the early layers and at the last position in the late ones.
+It is as the literature has it. In the demo model of 30 layers a patch at the subject recovers all of it in the early layers and
+more than half up to layer 21; one at the last position nothing in the early layers, and more than half from layer 23 on.
 """
 
 import sys

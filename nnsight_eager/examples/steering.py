@@ -3,6 +3,8 @@
 The vector is the mean of the residual stream over the tokens of friendly sentences less that over hostile ones (difference of
 means: Marks and Tegmark 2023, arXiv:2310.06824; added to a layer: Turner et al. 2023, arXiv:2308.10248). Random vectors of the
 same length show what any push of that size does.
+
+In the demo model the log-odds of good over bad words are 2.6 nats without a push, 5.5 at scale 2 and -1.6 at scale -3.
 """
 
 import sys
