@@ -41,6 +41,8 @@ from .errors import (
     TokenizerMissingError as TokenizerMissingError,
     WrongThreadError as WrongThreadError,
 )
+from .interactive.held import HeldRun as HeldRun
+from .interactive.predicates import has_inf as has_inf, has_nan as has_nan, norm_above as norm_above, shape_is as shape_is
 from .language import LanguageModel as LanguageModel
 from .model import NNsight as NNsight
 from .nested import shapes as shapes

@@ -5,10 +5,12 @@
     leave(run)
 
 The open run of the root whose opening frame is nearest on the asking stack; else the innermost in this context, so that
-threads and asyncio tasks are apart. The context alone would be wrong for generators, which share their caller's.
+threads and asyncio tasks are apart; else the one that is held by hand on this thread. The context alone would be wrong for
+generators, which share their caller's.
 """
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -19,7 +21,7 @@ import torch
 
 from .changes import user_frame
 from .coroutine import frames
-from .errors import OutsideTraceError
+from .errors import OutsideTraceError, RunEndedError
 from .run import Run
 
 
@@ -37,6 +39,16 @@ Frames = tuple[tuple[int, int], ...]
 _entered: ContextVar[tuple[tuple[weakref.ref[Any], Frames], ...]] = ContextVar("nnsight_eager_runs", default=())
 
 
+class _Held(threading.local):
+    """The runs held by hand on this thread: the cells of a notebook share no context variables."""
+
+    def __init__(self) -> None:
+        self.runs: list[weakref.ref[Run]] = []
+
+
+_held = _Held()
+
+
 def enter(run: Open) -> None:
     """Make `run` the one that points mean where this is called and on the stack above."""
     entered, entry = _entered.get(), (weakref.ref(run), _frames())
@@ -46,6 +58,19 @@ def enter(run: Open) -> None:
 def _frames() -> Frames:
     """Which frames open the trace that is being entered."""
     return tuple((id(frame), id(frame.f_code)) for frame in opening_frames(user_frame(3)))  # below `enter` and its caller
+
+
+def hold(run: Run) -> Run | None:
+    """Have points on this thread mean `run` where no block of a trace is open; the run of the same model held until now."""
+    before = held(run.root)
+    _held.runs = [each for each in _held.runs if each() not in (None, before)] + [weakref.ref(run)]
+    return before
+
+
+def held(root: torch.nn.Module) -> Run | None:
+    """The open run of `root` that is held by hand on this thread."""
+    runs = (reference() for reference in reversed(_held.runs))
+    return next((run for run in runs if run is not None and run.root is root and run.open), None)
 
 
 def leave(run: Open) -> None:
@@ -73,9 +98,18 @@ def _nearest(root: torch.nn.Module) -> Run:
         (run, by) for reference, by in _entered.get() if (run := reference()) is not None and run.root is root and run.open
     ]
     if not runs:
+        by_hand = held(root)
+        if by_hand is not None:
+            return by_hand
+        if any(run is not None and run.root is root for run in (each() for each in _held.runs)):
+            raise RunEndedError(
+                "The run of this model that was held by hand has ended.",
+                "`run.restart()` begins it again, `run.back_to(...)` goes back to a point.",
+            )
         raise OutsideTraceError(
             "A point was read where no trace of this model is open.",
-            "Read it inside `with model.trace(...):`; a value read there stays an ordinary variable afterwards.",
+            "Read it inside `with model.trace(...):`, where a value stays an ordinary variable afterwards, or hold a run open: "
+            "`run = model.trace(...).start()`.",
         )
     for place in frames() if len(runs) > 1 else ():
         for run, opened_by in reversed(runs):

@@ -17,7 +17,7 @@ from .aliases import Aliases
 from .errors import RunEndedError
 from .inside import Apart, Part
 from .order import Order
-from .paths import modules_above
+from .paths import modules_above, path_in
 from .taps import put_up, take_down, tap_at
 from .visits import Forward, RootVisit, Visit, is_compiled, not_compiled
 
@@ -80,6 +80,20 @@ class Ears:
         """The ear at `module`, put up where there is none yet."""
         visit = self.visits.get(id(module))
         return visit if visit is not None and visit.forward is self._forward else self._listen(module, visit)
+
+    def path_of(self, module: torch.nn.Module) -> str:
+        """Where a module or a part stands, in the names the user has given."""
+        return self.memory.aliases.shown(path_in(self._root, module))
+
+    @property
+    def learning(self) -> bool:
+        """Whether this run is the first of its kind of call."""
+        return self._forward.order is not None
+
+    @property
+    def step(self) -> int:
+        """The step the model is in."""
+        return self._forward.step
 
     def of_part(self, part: Part) -> Apart:
         """How the owner of `part` is made to call it in this run; from here on it is."""

@@ -59,3 +59,8 @@ class Part(torch.nn.Module):
     def apart(self, stack: Any) -> Apart:
         """How the parts of this key are called apart where the model runs on `stack`; nothing is done yet."""
         raise NotImplementedError
+
+
+def lies_in(module: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether a module or a part is inside another, or is that one."""
+    return module.lies_in(other) if isinstance(module, Part) else any(each is module for each in other.modules())

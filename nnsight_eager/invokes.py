@@ -11,9 +11,9 @@ A block that shares a forward pass with others cannot run in place: it is found 
 as a body of its own. A function needs no source.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 
@@ -25,7 +25,17 @@ from .coroutine import without_our_frames
 from .errors import InvokeError, OutsideTraceError
 from .names import Names, begin, end
 from .paths import spelled
+from .run import Call
 from .visits import FIRST, Which
+
+
+class Division(NamedTuple):
+    """How a trace without input of its own is divided into invokes."""
+
+    batch: Callable[[Sequence[Given]], tuple[Call, list[int]]]
+    """Makes one call of the inputs of all invokes, and tells how many rows each has."""
+    batched: bool
+    """Whether the invokes share one forward pass; otherwise each has its own and runs in place."""
 
 
 class OneByOne(Protocol):

@@ -22,12 +22,13 @@ from .dataset import Row, refuse_longer, token_rows
 from .errors import InputError, LoadError
 from .extraction import Extraction, Options
 from .inputs import Inputs, for_tokenizer
+from .invokes import Division
 from .loading import Source, source, tokenizer_for
 from .model import NNsight
 from .padding import CONTENT, Side, positions, together
 from .run import Call
 from .scan import Scan
-from .trace import Division, Trace
+from .trace import Trace
 from .tree import Tree
 
 
@@ -127,7 +128,14 @@ class LanguageModel(NNsight):
             ) from error
         self._tree.memory.orders.clear()  # other modules run now
 
-    def trace(self, *inputs: Any, fn: str | Callable[..., Any] | None = None, batched: bool = True, **keywords: Any) -> Trace:
+    def trace(
+        self,
+        *inputs: Any,
+        fn: str | Callable[..., Any] | None = None,
+        batched: bool = True,
+        keep: bool = False,
+        **keywords: Any,
+    ) -> Trace:
         """Run one forward pass with its insides open.
 
             with model.trace("The Eiffel Tower is in the city of"):
@@ -141,8 +149,9 @@ class LanguageModel(NNsight):
         """
         self.dispatch()
         if fn is not None and fn != "forward":
-            return super().trace(*inputs, fn=fn, batched=batched, **keywords)
-        return self._traced("forward", inputs, keywords, batched)
+            return super().trace(*inputs, fn=fn, batched=batched, keep=keep, **keywords)
+        trace = self._traced("forward", inputs, keywords, batched)
+        return self._kept(trace) if keep else trace
 
     def generate(self, *inputs: Any, batched: bool = True, **keywords: Any) -> Trace:
         """Generate with the insides of every step open; `generate(...).result` simply generates, ids `[batch, seq]`.

@@ -4,10 +4,16 @@
 Read `model.transformer.h[2].output` above the line that reads `model.transformer.h[5].output`; …
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
+
+from .ears import Ears
 from .errors import NotReachedError, OutOfOrderError, PointError
+from .inside import Part, lies_in
 from .paths import spelled
+from .visits import Visit, Which
 
 
 class Miss(NamedTuple):
@@ -18,6 +24,7 @@ class Miss(NamedTuple):
     paused_at: str
     step: int
     finished: bool
+    by_hand: bool
 
     @property
     def asked(self) -> str:
@@ -29,23 +36,31 @@ class Miss(NamedTuple):
         """What has ended."""
         return "the model has finished" if self.finished else f"step {self.step} has ended"
 
+    @property
+    def earlier(self) -> str:
+        """How to come by it."""
+        if self.by_hand:
+            kind = "" if self.kind == "output" else f', "{self.kind}"'
+            return f"Go back to it: `run.back_to({spelled(self.path)}{kind})`"
+        return f"Read `{self.asked}` " + (
+            f"above the line that reads `{self.paused_at}`" if self.paused_at else "earlier in the block"
+        )
+
     def passed(self) -> PointError:
         """The point has run before it was asked for."""
         where = f"; the model was paused at `{self.paused_at}`" if self.paused_at else ""
-        above = f"above the line that reads `{self.paused_at}`" if self.paused_at else "earlier in the block"
         return self._error(
             OutOfOrderError,
             f"`{self.asked}` has already run in this step (step {self.step}){where}.",
-            f"Read `{self.asked}` {above}; for a later visit of it write `{spelled(self.path)}.next().{self.kind}`.",
+            f"{self.earlier}; for a later visit of it write `{spelled(self.path)}.next().{self.kind}`.",
         )
 
     def too_late(self, owner: str) -> PointError:
         """The forward it is in had begun, or had come past it, before anyone asked for it."""
-        above = f"above the line that reads `{self.paused_at}`" if self.paused_at else "earlier in the block"
         return self._error(
             OutOfOrderError,
             f"`{self.asked}` is not reached any more: the forward of `{owner}` had come past it when it was asked for.",
-            f"Read `{self.asked}` {above}.",
+            f"{self.earlier}.",
         )
 
     def skipped(self, inside: str) -> PointError:
@@ -93,3 +108,25 @@ class Miss(NamedTuple):
 
     def _error(self, kind: type[PointError], happened: str, instead: str) -> PointError:
         return kind(happened, instead, asked=self.asked, paused_at=self.paused_at, step=self.step)
+
+
+def why(miss: Miss, visit: Visit, which: Which, skipped: Iterable[torch.nn.Module], ears: Ears, beyond: bool) -> PointError:
+    """What tells why the model has not come to `visit`, with what was `skipped` and, if so, `beyond` the last step."""
+    module, step, order = visit.module, miss.step, ears.order
+    if which:
+        return miss.no_further()
+    if visit.times and visit.step == step:
+        return miss.passed()
+    for each in skipped:
+        if module is not each and lies_in(module, each):
+            return miss.skipped(ears.path_of(each))
+    if isinstance(module, Part):
+        came_by = ears.of_part(module).came_by(module)
+        module = module.owner
+        if ears.at(module).step == step:
+            return miss.passed() if came_by else miss.not_taken(spelled(ears.path_of(module)))
+    if order.runs(module) and (beyond or not order.runs(module, step)):
+        return miss.no_longer(ears.step if beyond else None)
+    if not ears.learning and order.runs(module, step):
+        return miss.passed()
+    return miss.never()

@@ -21,10 +21,11 @@ from .constants import ablate, steer
 from .ears import Memory
 from .edits import Edit, EditBlock, label_of
 from .errors import EditError, InputError
+from .invokes import Division
 from .paths import spelled
 from .run import Call
 from .scan import Map, Scan, map_of
-from .trace import Division, Trace
+from .trace import Trace
 from .tree import Envoy, Tree
 
 CACHE_OPTIONS: Final = ("device", "dtype", "detach", "include_output", "include_inputs", "positions")
@@ -50,7 +51,9 @@ class NNsight(Envoy):
         super().__init__(module, "", Tree(module, Memory(Aliases(module, rename, type(self)))))
         self._tree.model = weakref.ref(self)
 
-    def trace(self, *args: Any, fn: str | Callable[..., Any] | None = None, batched: bool = True, **kwargs: Any) -> Trace:
+    def trace(
+        self, *args: Any, fn: str | Callable[..., Any] | None = None, batched: bool = True, keep: bool = False, **kwargs: Any
+    ) -> Trace:
         """Run the model on the arguments with its insides open.
 
             with model.trace(x) as tracer:
@@ -59,10 +62,19 @@ class NNsight(Envoy):
             tracer.result
 
         `fn` names another method to call (`fn="encode"`) or is any callable that runs the model. Without arguments the trace
-        takes them from its invokes; `batched=False` gives each invoke a forward pass of its own.
+        takes them from its invokes; `batched=False` gives each invoke a forward pass of its own. With `keep` the trace can be
+        forked: `other = tracer.fork()`. `model.trace(...).start()` holds the run by hand.
         """
         call = self._call(fn, args, kwargs)
-        return Trace(self._tree, call.name, call if args or _needs_none(call) else None, self._division(call, batched))
+        trace = Trace(self._tree, call.name, call if args or _needs_none(call) else None, self._division(call, batched))
+        return self._kept(trace) if keep else trace
+
+    @staticmethod
+    def _kept(trace: Trace) -> Trace:
+        """The trace as one that can be forked."""
+        from .interactive.held import KeptTrace
+
+        return KeptTrace(trace)
 
     def cache(self, *inputs: Any, modules: Any = None, **options: Any) -> Cache:
         """Run the model and keep what its modules return: a trace with nothing in it but `tracer.cache`.

@@ -10,7 +10,7 @@ The run is the caller's side; `visits` is the model's. A run is what every point
 
 import contextlib
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -19,9 +19,9 @@ from .changes import Change, change
 from .coroutine import current_stack, inside_forward
 from .ears import Ears, Memory, P
 from .errors import EditError, RunEndedError
-from .inside import Part
-from .missed import Miss
-from .paths import innermost_module, path_in, spelled
+from .inside import Part, lies_in
+from .missed import Miss, why
+from .paths import innermost_module, spelled
 from .visits import (
     FIRST,
     INPUT,
@@ -59,32 +59,20 @@ class Stop(BaseException):
 class Run:
     """One model call in progress."""
 
-    __slots__ = (
-        "__weakref__",
-        "_beyond",
-        "_ears",
-        "_failed_with",
-        "_forward",
-        "_skipped",
-        "_stack",
-        "_step_over",
-        "at",
-        "changes",
-        "cut_short",
-        "open",
-        "root",
-    )  # fmt: skip
+    __slots__ = ("__weakref__", "_beyond", "_ears", "_failed_with", "_forward", "_skipped", "_stack", "_step_over", "_whole",
+        "at", "changes", "cut_short", "open", "root")  # fmt: skip
 
-    def __init__(self, root: torch.nn.Module, call: Call, memory: Memory) -> None:
-        """Nothing runs yet. `memory` is what earlier runs of this model have left."""
+    def __init__(self, root: torch.nn.Module, call: Call, memory: Memory, make: Callable[..., Forward] = Forward) -> None:
+        """Nothing runs yet. `memory` is what earlier runs of this model have left, `make` makes the coroutine."""
         self.root = root
         self.at: Visit | None = None
         self.open = True
         self.changes: list[Change] = []
         self._failed_with = ""
         self._step_over = self._beyond = self.cut_short = False
+        self._whole = True  # all of the call has been run, so that it tells what runs
         self._skipped: list[torch.nn.Module] = []
-        self._forward = forward = Forward(call.function, *call.args, **call.kwargs)
+        self._forward = forward = make(call.function, *call.args, **call.kwargs)
         self._stack = forward.stack
         self._ears = Ears(root, call.name, forward, memory)
         try:
@@ -174,6 +162,23 @@ class Run:
             self._beyond = forward.finished
         return not forward.finished
 
+    def walk(self) -> Visit | None:
+        """Run on to the next point of any watched module, and pause there; `None` where the model ends before."""
+        forward = self._forward
+        forward.walking = True
+        try:
+            while not forward.finished:
+                self.go_on()
+                if self.at is not None:
+                    break
+        finally:
+            forward.walking = False
+        return self.at
+
+    def go_on(self) -> None:
+        """Let the model come to its next pause."""
+        self._resume()
+
     @property
     def step(self) -> int:
         """The step the model is in, counted from 0."""
@@ -196,7 +201,7 @@ class Run:
 
     def path_of(self, module: torch.nn.Module) -> str:
         """Where a module or a part stands, in the names the user has given."""
-        return self._ears.memory.aliases.shown(path_in(self.root, module))
+        return self._ears.path_of(module)
 
     def part(self, key: Hashable, make: Callable[[], P]) -> P:
         """The part of this key, made where the model has none yet."""
@@ -259,9 +264,28 @@ class Run:
         """Leave out the forward of the module the model is about to enter, and go on with `value` as its output."""
         point = spelled(path, "skip")
         refuse_in_checkpoint(self._forward.frame, point)
+        self.leave_out(visit, value)
+        self.changes.append(change(point, self.step, None, value))
+
+    def leave_out(self, visit: Visit, value: Any) -> None:
+        """Have the model go on with `value` in place of calling the module it is about to enter."""
         visit.skipped, visit.value = True, value
         self._skipped.append(visit.module)
-        self.changes.append(change(point, self.step, None, value))
+        self._whole = False
+
+    def pass_over(self, visit: Visit, value: Any, inside: Iterable[Place]) -> bool:
+        """Go on with what an earlier forward pass of the same call has made of the module, which came by these places in it.
+
+        `False` where somebody waits for one of them.
+        """
+        ears = [(self._ears.at(place.module), place) for place in inside]
+        if any(ear.stop_before or ear.stop_after for ear, _ in ears):
+            return False
+        visit.skipped, visit.value = True, value
+        self._whole = False
+        for ear, place in ears:
+            ear.step, ear.times = place.step, place.times
+        return True
 
     # Ending
 
@@ -292,7 +316,7 @@ class Run:
         forward = self._forward
         while not forward.finished:
             self._resume()
-        if not self._skipped:
+        if self._whole:
             self._ears.learned()
 
     def _refuse_ended(self) -> None:
@@ -344,24 +368,7 @@ class Run:
         if self._failed_with:
             self.finish()
         miss = self._miss(kind, path, before)
-        module, step = visit.module, miss.step
-        if which:
-            raise miss.no_further()
-        if visit.times and visit.step == step:
-            raise miss.passed()
-        for skipped in self._skipped:
-            if module is not skipped and _lies_in(module, skipped):
-                raise miss.skipped(self.path_of(skipped))
-        if isinstance(module, Part):
-            came_by = self._ears.of_part(module).came_by(module)
-            module = module.owner
-            if self._ears.at(module).step == step:
-                raise miss.passed() if came_by else miss.not_taken(spelled(self.path_of(module)))
-        if self._ears.order.runs(module) and (self._beyond or not self._ears.order.runs(module, step)):
-            raise miss.no_longer(self._forward.step if self._beyond else None)
-        if self._forward.order is None and self._ears.order.runs(module, step):
-            raise miss.passed()
-        raise miss.never()
+        raise why(miss, visit, which, self._skipped, self._ears, self._beyond)
 
     def _miss(self, kind: Kind, path: str, before: Visit | Place | None) -> Miss:
         """The facts for an ask that is not answered from `before`."""
@@ -369,12 +376,12 @@ class Run:
         if self.finished and step and not self._beyond:
             step -= 1  # the count goes on at the end of a step, and no other has begun
         paused_at = spelled(self.path_of(before.module), before.kind) if before is not None else ""
-        return Miss(path, kind, paused_at, step, self.finished)
+        return Miss(path, kind, paused_at, step, self.finished, self._forward.by_hand)
 
     def _left_out(self, module: torch.nn.Module, skipped: Visit) -> bool:
         """Whether `module` lies inside one that is skipped and, as far as known, not called again in this step."""
         once = self._forward.order is None and id(skipped.module) not in self._ears.order.repeats
-        return once and module is not skipped.module and _lies_in(module, skipped.module)
+        return once and module is not skipped.module and lies_in(module, skipped.module)
 
     def _stopped(self, error: BaseException, at: Visit | None, awaited: Visit | None = None) -> None:
         """The forward has raised, or would not go on: note on the error what was running and what had been edited."""
@@ -391,7 +398,3 @@ class Run:
             error.add_note(f"The model was running `{spelled(self.path_of(module))}`.")
         for each in self.changes:
             error.add_note(f"Edited before: {each}")
-
-
-def _lies_in(module: torch.nn.Module, other: torch.nn.Module) -> bool:
-    return module.lies_in(other) if isinstance(module, Part) else any(each is module for each in other.modules())

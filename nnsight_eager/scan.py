@@ -20,6 +20,7 @@ from .errors import InputError, InvokeError, PathError, RunError
 from .nested import described, mapped, tensors
 from .paths import near, spelled
 from .run import Call
+from .shown import Shown
 from .trace import Trace
 from .tree import Tree
 from .visits import OUTPUT, Visit
@@ -76,7 +77,7 @@ class Row(NamedTuple):
     visits: int
 
 
-class Map:
+class Map(Shown):
     """The modules that a forward pass runs, in the order they begin; printed as a table."""
 
     def __init__(self, rows: list[Row]) -> None:
@@ -99,15 +100,6 @@ class Map:
         for row in self.rows:
             table.add_row(spelled(row.path), row.kind, row.input, row.output, str(row.visits) if row.visits > 1 else "")
         return table
-
-    def __repr__(self) -> str:
-        import io
-
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=160)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
 def map_of(scan: Scan, modules: dict[str, torch.nn.Module]) -> Map:

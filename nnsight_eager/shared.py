@@ -20,7 +20,7 @@ from .errors import DeadlockError, RunEndedError
 from .lending import Lending, held
 from .paths import spelled
 from .run import Call, Run, Stop
-from .visits import FIRST, INPUT, NEXT_IN_STEP, OUTPUT, Kind, Place, Visit, Which
+from .visits import FIRST, INPUT, NEXT_IN_STEP, OUTPUT, Forward, Kind, Place, Visit, Which
 from .waiting import Waiting
 
 
@@ -98,10 +98,16 @@ class SharedRun(Run):
     )  # fmt: skip
 
     def __init__(
-        self, root: torch.nn.Module, call: Call, memory: Memory, bodies: Sequence[Body], edits: Sequence[Stored] = ()
+        self,
+        root: torch.nn.Module,
+        call: Call,
+        memory: Memory,
+        bodies: Sequence[Body],
+        edits: Sequence[Stored] = (),
+        make: Callable[..., Forward] = Forward,
     ) -> None:
         """Nothing runs yet, neither the model nor a body; `edits` go before the bodies."""
-        super().__init__(root, call, memory)
+        super().__init__(root, call, memory, make)
         self.bodies = [*(edit.body(self) for edit in edits), *bodies]
         for number, body in enumerate(self.bodies):
             body.number = number
@@ -128,7 +134,7 @@ class SharedRun(Run):
             if body.asked is not None:
                 body.asked.append(module)
             visit = self._expected(module, kind, path, which)
-            before = None if at is None else Place(at.module, at.kind)
+            before = None if at is None else at.place
             if kind is OUTPUT:
                 visit.stop_after = True
             else:

@@ -6,10 +6,10 @@ tracer.result
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import CodeType, FunctionType, TracebackType
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -23,22 +23,16 @@ from .coroutine import without_our_frames
 from .current import enter, leave, opening_frames
 from .entering import enters_call_of, is_entered
 from .errors import InputError, InvokeError, RunEndedError, RunError, StepError
-from .invokes import Invoke, InvokeInPlace, Invokes, outside_invokes
+from .invokes import Division, Invoke, InvokeInPlace, Invokes, outside_invokes
 from .paths import spelled
 from .run import Call, Run, Stop
 from .shared import SharedRun
 from .steps import Steps
 from .tree import Envoy, Tree
-from .visits import Watcher
+from .visits import Forward, Watcher
 
-
-class Division(NamedTuple):
-    """How a trace without input of its own is divided into invokes."""
-
-    batch: Callable[[Sequence[Given]], tuple[Call, list[int]]]
-    """Makes one call of the inputs of all invokes, and tells how many rows each has."""
-    batched: bool
-    """Whether the invokes share one forward pass; otherwise each has its own and runs in place."""
+if TYPE_CHECKING:
+    from .interactive.held import HeldRun
 
 
 class Trace:
@@ -77,6 +71,18 @@ class Trace:
         self._allow_blocks_of_backward(*(frame.f_code for frame in opening_frames(user_frame())))
         return self
 
+    def start(self, keep: bool = True) -> "HeldRun":
+        """Begin the run and hold it by hand: paused before the first module, it stays open across cells and prompt lines.
+
+            run = model.trace("The Eiffel Tower is in").start()
+            run.step()                                  # `run.back_to`, `run.fork`: see `HeldRun`
+
+        With `keep` the outputs of completed modules are kept, so that going back and forking need not compute them again.
+        """
+        from .interactive.held import HeldRun
+
+        return HeldRun.begun(self, keep)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
         without_our_frames(traceback)  # the reader's own lines remain
         try:
@@ -107,11 +113,11 @@ class Trace:
             backward_blocks.begin()
             self._blocks_of_backward = True
 
-    def _run_of(self, call: Call) -> Run:
+    def _run_of(self, call: Call, make: Callable[..., Forward] = Forward) -> Run:
         """A run of the code of one block, with the model's stored edits."""
         if self._tree.edits:
-            return SharedRun(self._tree.root, call, self._tree.memory, (), self._tree.edits)
-        return Run(self._tree.root, call, self._tree.memory)
+            return SharedRun(self._tree.root, call, self._tree.memory, (), self._tree.edits, make)
+        return Run(self._tree.root, call, self._tree.memory, make)
 
     def _begin(self, run: Run) -> None:
         """Make `run` the one that points mean."""

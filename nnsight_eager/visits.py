@@ -34,25 +34,36 @@ NEXT: Final = 2
 
 
 class Place(NamedTuple):
-    """Where the model was paused, kept while it goes on: the visit itself goes on with it."""
+    """One time before or behind a module's forward, kept while the model goes on: the visit itself goes on with it."""
 
     module: torch.nn.Module
     kind: Kind
+    step: int
+    times: int
+
+    @property
+    def key(self) -> tuple[int, Kind, int, int]:
+        """Tells places apart, also where modules define an equality of their own."""
+        return id(self.module), self.kind, self.step, self.times
 
 
 class Forward(Coroutine):
     """The model call as a coroutine, and which step it is in.
 
     `awaited`: somebody waits for a point of this step, so its end has to be told. `stop_at`: the step before which to pause.
+    `walking`: pause at every point that an ear comes by.
     """
 
-    __slots__ = ("applied", "around", "awaited", "differentiable", "order", "step", "stop_at", "watched")
+    __slots__ = ("applied", "around", "awaited", "differentiable", "order", "step", "stop_at", "walking", "watched")
+
+    by_hand = False  # whether it can be gone back in, so that errors say how
 
     def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """A run that is to be learned from sets `order`; `around` is then the calls in progress."""
         Coroutine.__init__(self, function, *args, **kwargs)
         self.step = 0
         self.awaited = False
+        self.walking = False
         self.watched = False  # an order is learned, or a step is waited for: every call wants a look
         self.stop_at: int | None = None
         self.order: Order | None = None
@@ -169,7 +180,7 @@ class Visit(Tap):
         if forward.order is not None:
             forward.order.note(self.module, forward.around, forward.step, self.times)
             forward.around.append(self.module)
-        if self.stop_before:
+        if self.stop_before or forward.walking:
             self.stop_before = False
             self._pause(forward, (self.args, self.kwargs))
             self.versions = versions(self.args, self.kwargs)  # an edit at the input is what the module receives
@@ -180,7 +191,7 @@ class Visit(Tap):
         """The forward has returned, or was left out; what is returned here is what the caller gets."""
         forward = self.forward
         assert forward is not None
-        if self.stop_after:
+        if self.stop_after or forward.walking:
             self.stop_after = False
             self.kind = OUTPUT
             self.value = value
@@ -240,6 +251,11 @@ class Visit(Tap):
             self.going_on, self.kind = True, INPUT
             self.args, self.kwargs, self.versions, self.times = outer
             self.stop_after = self.stop_after or awaited
+
+    @property
+    def place(self) -> Place:
+        """Where the model is in this call."""
+        return Place(self.module, self.kind, self.step, self.times)
 
     def part(self, whole: Any, _: str) -> Any:
         """What the one who asks sees of a value of this visit: all of it."""

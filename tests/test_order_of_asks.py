@@ -227,7 +227,8 @@ def test_a_point_outside_every_trace_is_refused(model):
         _ = model.h[0].output
     assert str(caught.value) == (
         "A point was read where no trace of this model is open.\n"
-        "Read it inside `with model.trace(...):`; a value read there stays an ordinary variable afterwards."
+        "Read it inside `with model.trace(...):`, where a value stays an ordinary variable afterwards, or hold a run open: "
+        "`run = model.trace(...).start()`."
     )
     with model.trace(X4):
         pass

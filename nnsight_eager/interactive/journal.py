@@ -1,0 +1,327 @@
+"""What has happened in a run that is held by hand: where it has come by, what was changed there, what its modules gave.
+
+    journal = Journal(keep=True)
+    run.watch(module, journal.watch)             # of every module
+    HeldForward(journal, model, x)               # notes what is changed while it is paused
+
+Another forward pass is led to the same place by it: see `recording`.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ..nested import described, first_tensor, is_cache, items, mapped, tensors
+from ..visits import INPUT, OUTPUT, Forward, Kind, Place, Visit
+from .frozen import BY_REFERENCE, Frozen, frozen
+
+
+class Random(NamedTuple):
+    """Where torch's random numbers are: of the processor and of each accelerator in use."""
+
+    states: list[torch.Tensor]
+
+    @classmethod
+    def now(cls) -> "Random":
+        """Where they are now."""
+        return cls([torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if _cuda_in_use() else ())])
+
+    def put(self) -> None:
+        """Have them go on from here."""
+        torch.set_rng_state(self.states[0])
+        if len(self.states) > 1:
+            torch.cuda.set_rng_state_all(self.states[1:])
+
+    def same(self, other: "Random | None") -> bool:
+        """Whether the same numbers come next."""
+        if other is None or len(self.states) != len(other.states):
+            return False
+        return all(map(torch.equal, self.states, other.states))
+
+
+class Kept(NamedTuple):
+    """What a module has made in one call, so that the call need not be made again."""
+
+    entered: Place
+    inside: dict[int, Place]  # the last visit of each module in it, itself included
+    value: Frozen
+    objects: Frozen | None  # what it was given to write into, as it left it
+    random: Random
+
+    def has(self, place: Place) -> bool:
+        """Whether the call has come by a place; of one that it did not, also where that was before."""
+        last = self.inside.get(id(place.module))
+        return last is not None and last.step == place.step and last.times >= place.times
+
+
+class Changed(NamedTuple):
+    """What was changed at a place, by assignment or in place; tensors by their number in the value that is there."""
+
+    place: Place
+    value: Any  # what the model has gone on with, its tensors copied
+    replaced: frozenset[int]
+    in_place: frozenset[int]
+    rebuilt: bool  # it is of another form than what was there
+    skipped: bool
+    before: str
+    after: str
+    size: float  # the norm of the change relative to that of the value; infinite where there is nothing to compare
+    node: Any  # of the gradient's graph: where the change is in it
+
+    @property
+    def nothing(self) -> bool:
+        """Whether every value is what it was."""
+        return not self.skipped and not self.rebuilt and self.size == 0
+
+
+class Going:
+    """A module's call in progress, and what it has come by so far."""
+
+    def __init__(self, visit: Visit, entered: Place) -> None:
+        self.visit = visit
+        self.entered = entered
+        self.kept: list[Kept] = []
+        self.inside: dict[int, Place] = {}
+
+
+class Stale(NamedTuple):
+    """A tensor that was changed in place after the model had gone on from it."""
+
+    place: Place
+    value: str
+
+
+class Handed(NamedTuple):
+    """A tensor that could be read at a place the model has gone on from."""
+
+    place: Place
+    tensor: weakref.ref[torch.Tensor]
+
+
+class Paused:
+    """A visit as it was when the run was paused at it."""
+
+    def __init__(self, visit: Visit) -> None:
+        self.visit = visit
+        self.place = visit.place
+        self._value = value_at(visit)
+        self._tensors = [*tensors(self._value)]
+        self._versions = _versions(self._tensors)
+        self._copies = [each.detach().clone() for each in _small(self._value)]
+
+    def handed(self) -> dict[int, Handed]:
+        """The tensors that are read here, by identity."""
+        return {id(each): Handed(self.place, weakref.ref(each)) for each in _small(value_at(self.visit))}
+
+    def shares_memory_with(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is the same memory as one that is read here."""
+        storage = tensor.untyped_storage()._cdata
+        return any(each.untyped_storage()._cdata == storage for each in self._tensors)
+
+    def changed(self) -> Changed | None:
+        """What has been changed since."""
+        visit, value = self.visit, value_at(self.visit)
+        now = [*tensors(value)]
+        rebuilt = visit.skipped or len(now) != len(self._tensors)
+        versions = _versions(now)
+        both = range(0 if rebuilt else len(now))
+        replaced = frozenset(n for n in both if now[n] is not self._tensors[n])
+        in_place = frozenset(n for n in both if n not in replaced and versions[n] != self._versions[n])
+        if not (rebuilt or replaced or in_place):
+            return None
+        size = float("inf") if rebuilt else _size(self._copies, [*_small(value)])
+        node = next((each.grad_fn for n, each in enumerate(now) if n in replaced | in_place or rebuilt), None)
+        value = mapped(value, torch.clone)
+        return Changed(
+            self.place, value, replaced, in_place, rebuilt, visit.skipped, described(self._value), described(value), size, node
+        )
+
+
+class Journal:
+    """What has happened in one forward pass."""
+
+    def __init__(self, keep: bool) -> None:
+        """Nothing has. With `keep` what modules give is kept."""
+        self.keep = keep
+        self.going: list[Going] = []
+        self.kept: dict[tuple[Any, ...], Kept] = {}
+        self.last: dict[tuple[int, Kind], Place] = {}
+        self.changes: dict[tuple[Any, ...], Changed] = {}
+        self.drawn: dict[tuple[Any, ...], Random] = {}  # random numbers that were drawn or seeded from outside, by place
+        self.begun_with: Random | None = None
+        self.random: Random | None = None  # where the random numbers were at the last pause
+        self.first: Place | None = None
+        self.paused: Paused | None = None
+        self.shapes: dict[int, str] = {}  # of what each module has given, as it is shown
+        self.stale: dict[tuple[Any, ...], Stale] = {}
+        self._handed: dict[int, Handed] = {}
+        self._out: list[tuple[Handed, torch.Tensor, list[int]]] = []
+
+    def last_at(self, module: torch.nn.Module, kind: Kind) -> Place | None:
+        """The last time the model has come by the module, or is there now."""
+        here = None if self.paused is None else self.paused.place
+        return here if here is not None and here.module is module and here.kind is kind else self.last.get((id(module), kind))
+
+    def settle(self) -> None:
+        """Note what has been changed where the run is paused."""
+        if self.paused is None:
+            return
+        changed = self.paused.changed()
+        if changed is not None:
+            self.changes[self.paused.place.key] = changed
+        for (place, _), tensor, (version,) in self._out:
+            if _versions([tensor]) != [version] and not self.paused.shares_memory_with(tensor):
+                self.stale[place.key] = Stale(place, described(tensor))
+
+    def pause_at(self, visit: Visit) -> None:
+        """The run is paused here; the model has gone on from what was read before."""
+        self.paused = Paused(visit)
+        alive = [(each, each.tensor()) for each in self._handed.values()]
+        self._out = [(each, tensor, _versions([tensor])) for each, tensor in alive if tensor is not None]
+        self._handed = {id(tensor): each for each, tensor, _ in self._out}
+
+    def go_on(self) -> None:
+        """The run goes on from where it is paused."""
+        self._out = []
+        if self.paused is not None:
+            self._handed |= self.paused.handed()
+
+    def watch(self, visit: Visit) -> None:
+        """The watcher of every module, on the model's stack: the model has come by."""
+        place = visit.place
+        if self.first is None:
+            self.first = place
+        self.last[id(visit.module), visit.kind] = place
+        while self.going and not self.going[-1].visit.going_on:
+            self.going.pop()  # it raised, and the model went on
+        if visit.kind is INPUT:
+            self.going.append(Going(visit, place))
+            return
+        tensor = first_tensor(visit.value)
+        if tensor is not None:
+            self.shapes[id(visit.module)] = described(tensor)
+        going = self.going.pop()
+        going.inside[id(visit.module)] = place
+        if self.going:
+            self.going[-1].inside.update(going.inside)
+        if self.keep:
+            self._keep(visit, going)
+
+    def _keep(self, visit: Visit, going: Going) -> None:
+        """The module has made its value; what its children gave is not needed any more."""
+        value, objects = frozen(visit.value), objects_of(visit)
+        written = frozen(objects) if objects else None
+        if value is not None and (written is not None or not objects) and not _aliased(value, visit):
+            kept = [Kept(going.entered, going.inside, value, written, Random.now())]
+        else:
+            kept = going.kept
+        if self.going:
+            self.going[-1].kept += kept
+        else:
+            self.kept = {each.entered.key: each for each in kept}
+
+    def all_kept(self) -> dict[tuple[Any, ...], Kept]:
+        """What is kept, by the place where the call began."""
+        return self.kept | {each.entered.key: each for going in self.going for each in going.kept}
+
+
+class HeldForward(Forward):
+    """A model call that has its journal written."""
+
+    __slots__ = ("journal",)
+
+    by_hand = True
+    _left: Random | None = None  # where the random numbers were when a held run of any model last paused or ended
+
+    def __init__(self, journal: Journal, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(function, *args, **kwargs)
+        self.journal = journal
+
+    def resume(self) -> Any:
+        """Go on until the next pause; before, note what was changed during this one."""
+        if self._closing:
+            return super().resume()
+        journal = self.journal
+        journal.settle()
+        self._go_on_with_random_numbers()
+        journal.go_on()
+        paused, journal.paused = journal.paused, None
+        try:
+            visit = super().resume()
+        except BaseException:
+            journal.paused = None if self.finished else paused  # a refusal: it is where it was
+            raise
+        finally:
+            journal.random = HeldForward._left = Random.now()
+        if visit is not None:
+            journal.pause_at(visit)
+            if journal.watch not in visit.watchers:  # a part of a module, asked for meanwhile
+                visit.watchers = (*visit.watchers, journal.watch)
+        return visit
+
+    def _go_on_with_random_numbers(self) -> None:
+        """Those it was paused with, whatever other held runs drew meanwhile; where the user drew or seeded, what that left."""
+        journal, now = self.journal, Random.now()
+        if journal.random is None:
+            journal.begun_with = now
+        elif not now.same(journal.random):
+            if now.same(HeldForward._left):
+                journal.random.put()
+            elif journal.paused is not None:
+                journal.drawn[journal.paused.place.key] = now
+
+
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def value_at(visit: Visit) -> Any:
+    """What is read and replaced at a visit."""
+    return visit.value if visit.kind is OUTPUT or visit.skipped else (visit.args, visit.kwargs)
+
+
+def _versions(values: list[torch.Tensor]) -> list[int]:
+    """How often each has been changed in place; without a record, as under inference mode, always the same."""
+    return [0 if each.is_inference() else each._version for each in values]
+
+
+def _small(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a value but for those of a key/value cache, which are many and not looked at."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif not is_cache(value):
+        for _, item in items(value):
+            yield from _small(item)
+
+
+def _size(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
+    """How large a change is, relative to what was changed."""
+    pairs = [(one, other) for one, other in zip(before, after, strict=False) if not _equal(one, other)]
+    if len(before) != len(after) or any(one.shape != other.shape or one.is_complex() for one, other in pairs):
+        return float("inf")
+    difference = sum(float((other.detach().double() - one.double()).square().sum()) for one, other in pairs) ** 0.5
+    whole = sum(float(one.double().square().sum()) for one, _ in pairs) ** 0.5
+    return difference / whole if whole else (float("inf") if pairs else 0.0)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def objects_of(visit: Visit) -> list[Any]:
+    """What a module is given that it can write into, and others can see: a key/value cache, a list."""
+    found, todo = [], [*visit.args, *visit.kwargs.values()]
+    for value in todo:
+        if isinstance(value, tuple):
+            todo.extend(value)
+        elif value is not None and not isinstance(value, (torch.Tensor, bool, int, float, complex, str, bytes, *BY_REFERENCE)):
+            found.append(value)
+    return found
+
+
+def _aliased(value: Frozen, visit: Visit) -> bool:
+    """Whether the output shares memory with an argument: what is done to one is done to the other."""
+    given = {each.untyped_storage()._cdata for each in tensors((visit.args, visit.kwargs))}
+    return any(each.untyped_storage()._cdata in given for each in value.tensors)
