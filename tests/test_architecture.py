@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ MAY_IMPORT = {
         "current",
         "entering",
         "errors",
-        "interactive",  # lazily, to begin one
+        "interactive.held",  # lazily, to begin one
         "invokes",
         "paths",
         "run",
@@ -80,7 +81,7 @@ MAY_IMPORT = {
         "ears",
         "edits",
         "errors",
-        "interactive",
+        "interactive.held",
         "invokes",
         "paths",
         "run",
@@ -124,22 +125,65 @@ MAY_IMPORT = {
         "tree",
     },
     "lens": {"errors", "language", "tree"},
+    "interactive.__init__": set(),
+    "interactive.frozen": set(),
+    "interactive.predicates": set(),
+    "interactive.journal": {"interactive.frozen", "nested", "visits"},
+    "interactive.display": {"changes", "coroutine", "interactive.journal", "nested", "paths", "shown", "visits"},
+    "interactive.recording": {
+        "changes",
+        "errors",
+        "inside",
+        "interactive.frozen",
+        "interactive.journal",
+        "nested",
+        "paths",
+        "run",
+        "visits",
+    },
+    "interactive.held": {
+        "compat",
+        "current",
+        "errors",
+        "interactive.display",
+        "interactive.journal",
+        "interactive.predicates",
+        "interactive.recording",
+        "nested",
+        "paths",
+        "run",
+        "shown",
+        "trace",
+        "tree",
+        "visits",
+    },
     "demo": {"errors"},
     "__main__": {"demo", "errors", "language", "lens"},
 }
 
 
+@cache
+def sources() -> dict[str, str]:
+    """The text of every module, by its name in the package: `errors`, `examples.command`."""
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text() for path in PACKAGE.rglob("*.py")}
+
+
+@cache
 def modules() -> dict[str, ast.Module]:
-    return {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
+    return {name: ast.parse(text) for name, text in sources().items()}
 
 
-def imports_of_ours(tree: ast.Module) -> set[str]:
-    return {
-        node.module.split(".")[0] if node.module else alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.level == 1
-        for alias in node.names
-    }
+def imports_of_ours(name: str) -> set[str]:
+    """What the module imports of the package: modules by their names, and names that the package has for everybody."""
+    found = set()
+    for node in ast.walk(modules()[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = ["nnsight_eager", *name.split(".")][: -node.level] if node.level else []
+            start = ".".join([*parents, *filter(None, [node.module])])
+            found |= {f"{start}.{alias.name}" for alias in node.names} if node.module in (None, "nnsight_eager") else {start}
+    return {each.removeprefix("nnsight_eager.") for each in found if f"{each}.".startswith("nnsight_eager.")}
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -147,9 +191,18 @@ def imported(tree: ast.Module) -> set[str]:
     return plain | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
 
 
-@pytest.mark.parametrize("name", sorted(set(modules()) - {"__init__"}))
+EXAMPLES = {name for name in modules() if name.startswith("examples.")}
+
+
+@pytest.mark.parametrize("name", sorted(set(modules()) - EXAMPLES - {"__init__"}))
 def test_a_module_imports_only_what_the_layout_allows(name):
-    assert imports_of_ours(modules()[name]) <= MAY_IMPORT[name]
+    assert imports_of_ours(name) <= MAY_IMPORT[name]
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_an_example_imports_only_what_users_can_and_other_examples(name):
+    public = {alias.asname for node in modules()["__init__"].body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imports_of_ours(name) <= public | EXAMPLES | {"demo"}  # the model that the command line fetches
 
 
 def test_the_layout_names_no_module_that_is_gone():
@@ -163,11 +216,11 @@ def test_one_module_imports_greenlet():
 def test_one_module_changes_a_torch_module():
     """Only `taps` writes a `forward` or registers a hook."""
     changes = ('own["forward"]', '"forward", tap', "register_forward", "register_full")
-    assert {path.stem for path in PACKAGE.glob("*.py") if any(change in path.read_text() for change in changes)} == {"taps"}
+    assert {name for name, text in sources().items() if any(change in text for change in changes)} == {"taps"}
 
 
 def test_modules_stay_readable():
-    too_long = {path.name: n for path in PACKAGE.glob("*.py") if (n := len(path.read_text().splitlines())) > 400}
+    too_long = {name: n for name, text in sources().items() if (n := len(text.splitlines())) > 400}
     assert not too_long
 
 
