@@ -12,14 +12,18 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from os import PathLike, fspath
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from .errors import CacheError, RowsError
 from .nested import described, first_tensor, mapped, tensors
 from .paths import near, spelled
+from .shown import Shown
 from .visits import OUTPUT, Visit
+
+SHOWN: Final = 12
+"""How many modules of a cache are listed when it is printed."""
 
 Positions = int | slice | list[int] | None
 
@@ -68,7 +72,7 @@ class Keep(NamedTuple):
         return tensor.to(self.device, dtype, copy=True)
 
 
-class Cache:
+class Cache(Shown):
     """Values by module path, in the order the modules were first visited; one entry for each visit.
 
     `cache["transformer.h.0"].output`, or by navigation `cache.transformer.h[0].output`; a module that was visited several
@@ -137,9 +141,17 @@ class Cache:
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *(path.split(".")[0] for path in self._entries if path)})
 
-    def __repr__(self) -> str:
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
         visits = sum(map(len, self._entries.values()))
-        return f"<Cache: {len(self)} modules, {visits} visits, {self.nbytes / 1e6:.1f} MB>"
+        table = Table("module", "visits", "output", title=f"{len(self)} modules, {visits} visits, {self.nbytes / 1e6:.1f} MB")
+        for path, entries in [*self._entries.items()][:SHOWN]:
+            tensor = first_tensor(entries[-1].output)
+            table.add_row(path, str(len(entries)), "" if tensor is None else described(tensor))
+        if len(self) > SHOWN:
+            table.add_row(f"and {len(self) - SHOWN} more", "", "")
+        return table
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file, whose header holds the index as JSON.

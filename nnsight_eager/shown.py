@@ -19,11 +19,11 @@ class Shown:
 
     def __repr__(self) -> str:
         try:
-            return self.text()
+            return self._as_text()
         except Exception as error:  # a display in a cell must not fail the cell
             return f"<{type(self).__name__}, which cannot be shown: {type(error).__name__}: {error}>"
 
-    def text(self, width: int | None = None) -> str:
+    def _as_text(self, width: int | None = None) -> str:
         """As text, of `width` columns or the terminal's."""
         from rich.console import Console
 
@@ -34,10 +34,10 @@ class Shown:
 
     def _repr_html_(self) -> str | None:
         with contextlib.suppress(Exception):
-            return self.html()
+            return self._as_html()
         return None
 
-    def html(self, width: int = 130) -> str:
+    def _as_html(self, width: int = 130) -> str:
         """As HTML in one `<pre>`, with its colours in it."""
         from rich.console import Console
 

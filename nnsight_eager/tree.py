@@ -30,13 +30,14 @@ def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
 class Tree:
     """What all envoys of one model share: its root, what its runs remember, and the run they are bound to, if any."""
 
-    __slots__ = ("bound_to", "edits", "memory", "model", "root")
+    __slots__ = ("bound_to", "edits", "held", "memory", "model", "root")
 
     def __init__(self, root: torch.nn.Module, memory: Memory, bound_to: Run | None = None) -> None:
         self.root = root
         self.bound_to = bound_to
         self.memory = memory
         self.edits: list[Any] = []  # what every run begins with
+        self.held: Callable[[], Any] = _nothing  # the run that was last held by hand, weakly
         self.model: Callable[[], Any] = _nothing  # the root envoy, weakly, since it holds its tree
 
     def run(self) -> Run:
@@ -276,6 +277,14 @@ class Envoy(Points):
 
     def __repr__(self) -> str:
         return repr(self._module)
+
+    def _repr_html_(self) -> str | None:
+        """In a notebook: the tree with its repeats as one line, and where the run that is held by hand is paused."""
+        from .interactive.display import ModelTree, rows_of
+
+        held, shown = self._tree.held(), self._tree.memory.aliases.shown
+        tree = held.tree(self) if held is not None else ModelTree(rows_of(self._tree.root, other_name=shown, at=self._own_path))
+        return tree._repr_html_()
 
 
 class NextEnvoy(AtNextVisit, Envoy):

@@ -10,7 +10,7 @@ Nothing here touches a point or goes on with a run.
 import inspect
 import linecache
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple
 
@@ -84,8 +84,15 @@ class Row(NamedTuple):
     shape: str
 
 
-def rows_of(root: torch.nn.Module, journal: Journal | None, visit: Visit | None, step: int = 0) -> list[Row]:
-    """A model's modules as lines: what has run in this step, what is running, and where it is paused."""
+def rows_of(
+    root: torch.nn.Module,
+    journal: Journal | None = None,
+    visit: Visit | None = None,
+    step: int = 0,
+    other_name: Callable[[str], str] = str,
+    at: str = "",
+) -> list[Row]:
+    """The modules at and below `at` as lines: what has run in this step, what is running, and where the run is paused."""
     states: dict[int, str] = {}
     if journal is not None:
         states = {key: "ran" for (key, kind), place in journal.last.items() if kind is OUTPUT and place.step == step}
@@ -93,12 +100,20 @@ def rows_of(root: torch.nn.Module, journal: Journal | None, visit: Visit | None,
     if visit is not None:
         states[id(visit.module)] = "paused"
     shapes = {} if journal is None else journal.shapes
-    return [*_rows(root, "model", 0, states, shapes)]
+    return [*_rows(root.get_submodule(at), at, 0, states, shapes, other_name)]
 
 
-def _rows(module: torch.nn.Module, name: str, depth: int, states: dict[int, str], shapes: dict[int, str]) -> Iterator[Row]:
-    kind, state = type(module).__name__, states.get(id(module), "")
-    yield Row(depth, name, kind, state, shapes.get(id(module), ""))
+def _rows(
+    module: torch.nn.Module,
+    path: str,
+    depth: int,
+    states: dict[int, str],
+    shapes: dict[int, str],
+    other_name: Callable[[str], str],
+) -> Iterator[Row]:
+    name, other = _last(path), _last(other_name(path))
+    both = name if name == other else f"{other} ({name})"
+    yield Row(depth, both, type(module).__name__, states.get(id(module), ""), shapes.get(id(module), ""))
     children = [(key, child) for key, child in module._modules.items() if child is not None]
     while children:
         alike = 1
@@ -112,8 +127,13 @@ def _rows(module: torch.nn.Module, name: str, depth: int, states: dict[int, str]
             yield Row(depth + 1, f"{first} … {last}", f"{alike} x {type(child).__name__}", state, shape)
         else:
             alike = 1
-            yield from _rows(child, first, depth + 1, states, shapes)
+            yield from _rows(child, f"{path}.{first}" if path else first, depth + 1, states, shapes, other_name)
         children = children[alike:]
+
+
+def _last(path: str) -> str:
+    """A module's own name."""
+    return path.rpartition(".")[2] or "model"
 
 
 def _look(module: torch.nn.Module, states: dict[int, str]) -> tuple[str, ...]:
@@ -136,6 +156,16 @@ def tree_of(rows: Sequence[Row]) -> Any:
         del above[row.depth :]
         above.append(above[-1].add(text) if above else Tree(text))
     return above[0]
+
+
+class ModelTree(Shown):
+    """A module and what is in it, as lines; in a run held by hand, what has run and where it is paused."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    def __rich__(self) -> Any:
+        return tree_of(self._rows)
 
 
 class Where(Shown):

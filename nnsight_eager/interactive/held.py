@@ -10,6 +10,7 @@ run.finish()
 """
 
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
@@ -25,7 +26,21 @@ from ..shown import Shown
 from ..trace import Trace
 from ..tree import Envoy
 from ..visits import FIRST, INPUT, NEXT, OUTPUT, Forward, Kind, Place, Visit, Which
-from .display import Edits, Locals, Where, idle, model_frame, one_line, reached, receipt, rows_of, shown_value, stale
+from .display import (
+    Edits,
+    Locals,
+    ModelTree,
+    Row,
+    Where,
+    idle,
+    model_frame,
+    one_line,
+    reached,
+    receipt,
+    rows_of,
+    shown_value,
+    stale,
+)
 from .journal import Random, value_at
 from .predicates import Predicate
 from .recording import Recording
@@ -34,7 +49,7 @@ from .recording import Recording
 class HeldRun(Shown, Trace):
     """A run held by hand; begun by `model.trace(...).start()`."""
 
-    __slots__ = ("_found", "_recording")
+    __slots__ = ("__weakref__", "_found", "_recording")
 
     _run: Run
 
@@ -62,6 +77,7 @@ class HeldRun(Shown, Trace):
             raise
         self = cls(trace, recording, run)
         before = hold(run)
+        tree.held = weakref.ref(self)
         if before is not None:
             before.close()
             warnings.warn("The run of this model that was held by hand has been closed: another was started.", stacklevel=3)
@@ -157,9 +173,16 @@ class HeldRun(Shown, Trace):
 
     def where(self) -> Where:
         """Where the run is paused: the module, the model's own source line, its local tensors, the tree with what has run."""
-        at, run = self._run.at, self._run
-        rows = rows_of(self._tree.root, self._recording.journal, at, run.step)
-        return Where(self._headline(), at, model_frame(at), rows)
+        return Where(self._headline(), self._run.at, model_frame(self._run.at), self._rows())
+
+    def _rows(self, at: str = "") -> list[Row]:
+        """The modules at and below a path, with what has run."""
+        run, shown = self._run, self._tree.memory.aliases.shown
+        return rows_of(self._tree.root, self._recording.journal, run.at, run.step, shown, at)
+
+    def tree(self, envoy: Envoy) -> ModelTree:
+        """An envoy and what is in it, with what has run: what a notebook shows of it while the run is held."""
+        return ModelTree(self._rows(envoy._own_path))
 
     def locals(self) -> Locals:
         """The local names of the model's own frame where it is paused, to be read: `run.locals()["hidden_states"]`."""
