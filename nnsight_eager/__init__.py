@@ -9,6 +9,8 @@ with model.trace("The Eiffel Tower is in the city of"):
     logits = model.lm_head.output
 """
 
+from typing import Any
+
 from .activations import Activations as Activations
 from .cache import Cache as Cache
 from .compat import add_save_to_tensors, save as save
@@ -50,3 +52,10 @@ from .trace import Trace as Trace
 from .tree import Envoy as Envoy
 
 add_save_to_tensors()
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """What `%load_ext nnsight_eager` calls: adds `%trace`, `%step` and the other magics of a run held by hand."""
+    from .interactive.magics import load
+
+    load(shell)

@@ -157,6 +157,7 @@ MAY_IMPORT = {
         "tree",
         "visits",
     },
+    "interactive.magics": {"errors", "interactive"},
     "demo": {"errors"},
     "__main__": {"demo", "errors", "language", "lens"},
 }

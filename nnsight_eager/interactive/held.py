@@ -187,6 +187,11 @@ class HeldRun(Shown, Trace):
         idles = {(each.point, each.step): idle(each) for each in run.changes if (each.point, each.step) not in known}
         return Edits([*receipts, *idles.values(), *stales])
 
+    def paths(self) -> list[str]:
+        """The paths of the model's modules, as `to` and `back_to` take them."""
+        shown = self._tree.memory.aliases.shown
+        return [shown(path) for path, _ in self._tree.root.named_modules() if path]
+
     # Time travel
 
     def back_to(self, point: Any, kind: Kind = OUTPUT) -> "HeldRun":

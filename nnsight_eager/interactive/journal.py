@@ -124,7 +124,8 @@ class Paused:
         """What has been changed since."""
         visit, value = self.visit, value_at(self.visit)
         now = [*tensors(value)]
-        rebuilt = visit.skipped or len(now) != len(self._tensors)
+        skipped = visit.skipped and visit.kind is INPUT  # at its output, it has been
+        rebuilt = skipped or len(now) != len(self._tensors)
         versions = _versions(now)
         both = range(0 if rebuilt else len(now))
         replaced = frozenset(n for n in both if now[n] is not self._tensors[n])
@@ -135,7 +136,7 @@ class Paused:
         node = next((each.grad_fn for n, each in enumerate(now) if n in replaced | in_place or rebuilt), None)
         value = mapped(value, torch.clone)
         return Changed(
-            self.place, value, replaced, in_place, rebuilt, visit.skipped, described(self._value), described(value), size, node
+            self.place, value, replaced, in_place, rebuilt, skipped, described(self._value), described(value), size, node
         )
 
 

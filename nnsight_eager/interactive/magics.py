@@ -1,0 +1,160 @@
+"""What IPython understands after `%load_ext nnsight_eager`: each magic is one line over a function of a held run.
+
+    %trace model "The Eiffel Tower is in"        # run = model.trace("The Eiffel Tower is in").start()
+    %step 3                                      # run.step(3)
+    %to transformer.h.5.mlp                      # run.to("transformer.h.5.mlp")
+    %until has_nan                               # run.until(has_nan)
+
+`%%trace model "..."` runs the cell as the body of a trace.
+"""
+
+import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from IPython.core.error import UsageError
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
+
+from ..errors import NnsightEagerError
+from . import predicates
+from .display import Edits, Where
+from .held import HeldRun
+
+TRACE: Final = "_nnsight_eager_trace"
+"""The name that a cell's trace has while the cell runs."""
+
+
+@magics_class
+class HeldRunMagics(Magics):  # type: ignore[misc]
+    """`%trace`, `%step`, `%over`, `%out`, `%to`, `%until`, `%where`, `%back`, `%edits`, `%finish`."""
+
+    @line_cell_magic  # type: ignore[untyped-decorator]
+    def trace(self, line: str, cell: str | None = None) -> HeldRun | None:
+        """`%trace model "a prompt"`: hold a run by hand, as `run`; `%%trace model "a prompt"`: run the cell in a trace.
+
+        What follows the model is what `model.trace(...)` takes; `%trace model.generate "a prompt", max_new_tokens=5` generates.
+        """
+        called, _, given = line.strip().partition(" ")
+        if not called:
+            raise UsageError('Write the model and its input: `%trace model "The Eiffel Tower is in"`.')
+        method = "" if called.endswith((".trace", ".generate")) else ".trace"
+        with _told():
+            trace = self.shell.ev(f"{called}{method}({given})")
+            if cell is None:
+                run = self.shell.user_ns["run"] = trace.start()
+                return run  # type: ignore[no-any-return]
+        self._run_in(trace, cell)
+        return None
+
+    def _run_in(self, trace: Any, cell: str) -> None:
+        """Run a cell as the body of `with trace as tracer:`, at its own lines."""
+        source = self.shell.transform_cell(cell)
+        body = ast.parse(source).body or [ast.Pass()]
+        context = ast.withitem(ast.Name(TRACE, ast.Load()), ast.Name("tracer", ast.Store()))
+        module = ast.fix_missing_locations(ast.Module([ast.With([context], body, lineno=1, col_offset=0)], []))
+        file = self.shell.compile.cache(source, self.shell.execution_count, raw_code=cell)
+        self.shell.user_ns[TRACE] = trace
+        try:
+            exec(compile(module, file, "exec"), self.shell.user_ns)
+        finally:
+            del self.shell.user_ns[TRACE]
+
+    @line_magic  # type: ignore[untyped-decorator]
+    def step(self, line: str) -> HeldRun:
+        """`%step` or `%step 3`: on to the next point, into the module's children."""
+        if line and not line.isdecimal():
+            raise UsageError(f"`%step` takes a number, and was given `{line}`.")
+        with _told():
+            return self._run.step(int(line or 1))
+
+    @line_magic  # type: ignore[untyped-decorator]
+    def over(self, line: str) -> HeldRun:
+        """`%over`: on past the module that is about to run."""
+        with _told():
+            return self._run.over()
+
+    @line_magic  # type: ignore[untyped-decorator]
+    def out(self, line: str) -> HeldRun:
+        """`%out`: on to the output of the module around this one."""
+        with _told():
+            return self._run.out()
+
+    @line_magic  # type: ignore[untyped-decorator]
+    def to(self, line: str) -> HeldRun:
+        """`%to transformer.h.5.mlp` or `%to transformer.h.5.mlp input`: on to a point."""
+        with _told():
+            return self._run.to(*_point(line, "to"))
+
+    @line_magic  # type: ignore[untyped-decorator]
+    def until(self, line: str) -> HeldRun:
+        """`%until has_nan`: on to the first value that satisfies an expression such as `norm_above(100)`."""
+        if not line:
+            raise UsageError("Write what to stop at: `%until has_nan`, `%until norm_above(100)`.")
+        predicate = eval(line, {**vars(predicates), **self.shell.user_ns})
+        with _told():
+            return self._run.until(predicate)
+
+    @line_magic  # type: ignore[untyped-decorator]
+    def where(self, line: str) -> Where:
+        """`%where`: where the run is paused, in the tree and in the model's own source."""
+        return self._run.where()
+
+    @line_magic  # type: ignore[untyped-decorator]
+    def back(self, line: str) -> HeldRun:
+        """`%back transformer.h.2`: back to a point; `%back` alone to the start."""
+        with _told():
+            return self._run.back_to(*_point(line, "back")) if line else self._run.restart()
+
+    @line_magic  # type: ignore[untyped-decorator]
+    def edits(self, line: str) -> Edits:
+        """`%edits`: what was changed."""
+        return self._run.edits
+
+    @line_magic  # type: ignore[untyped-decorator]
+    def finish(self, line: str) -> HeldRun:
+        """`%finish`: to the end; `run.result` is what the model returns."""
+        with _told():
+            self._run.finish()
+        return self._run
+
+    @property
+    def _run(self) -> HeldRun:
+        """The run that `%trace` has begun, or that the user has called `run`."""
+        run = self.shell.user_ns.get("run")
+        if not isinstance(run, HeldRun):
+            raise UsageError('No run is held as `run`: begin one with `%trace model "a prompt"`.')
+        return run
+
+    def completions(self, shell: InteractiveShell, event: Any) -> list[str]:
+        """The paths of modules that go on from what is typed behind `%to` and `%back`."""
+        run = self.shell.user_ns.get("run")
+        if not isinstance(run, HeldRun):
+            return []
+        return [path for path in run.paths() if path.startswith(event.symbol)]
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Have what is refused said in its sentences, without a traceback through IPython."""
+    try:
+        yield
+    except NnsightEagerError as error:
+        raise UsageError(str(error)) from None
+
+
+def _point(line: str, magic: str) -> list[Any]:
+    """A path and, where it is written, `input` or `output`."""
+    words = line.split()
+    if not 1 <= len(words) <= 2:
+        raise UsageError(f"Write one path: `%{magic} transformer.h.5.mlp`, or `%{magic} transformer.h.5.mlp input`.")
+    return words
+
+
+def load(shell: InteractiveShell) -> None:
+    """Add the magics to a shell."""
+    magics = HeldRunMagics(shell)
+    shell.register_magics(magics)
+    for name in ("%to", "%back"):
+        shell.set_hook("complete_command", magics.completions, str_key=name)
