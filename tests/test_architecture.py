@@ -157,7 +157,7 @@ MAY_IMPORT = {
         "tree",
         "visits",
     },
-    "interactive.magics": {"errors", "interactive"},
+    "interactive.magics": {"errors", "interactive.display", "interactive.held", "interactive.predicates"},
     "demo": {"errors"},
     "__main__": {"demo", "errors", "language", "lens"},
 }
