@@ -4,7 +4,21 @@ from typing import Any
 
 import torch
 
-from nnsight_eager import Activations, Cache, Envoy, LanguageModel, NNsight, OutOfOrderError, Trace, save, shapes
+from nnsight_eager import (
+    Activations,
+    Cache,
+    Envoy,
+    HeldRun,
+    LanguageModel,
+    NNsight,
+    OutOfOrderError,
+    Trace,
+    has_nan,
+    norm_above,
+    save,
+    shape_is,
+    shapes,
+)  # fmt: skip
 
 
 def read_and_edit(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -121,3 +135,18 @@ def named_anew(module: torch.nn.Module) -> LanguageModel:
     model.layers[0].adapter = module
     model.layers[0].adapter(torch.zeros(1), hook=True)
     return model
+
+
+def held_by_hand(model: LanguageModel) -> list[str]:
+    run: HeldRun = model.trace("The Eiffel Tower").start()
+    run.step(3).over().out().to(model.transformer.h[5]).to("transformer.h.6", "input")
+    run.until(has_nan).until(norm_above(3)).until(shape_is(1, None, 768))
+    other = run.fork()
+    other.model.transformer.h[6].output *= 0
+    with run.backward(other.finish().logits.sum()):
+        pass
+    run.back_to("transformer.h.5").restart()
+    print(run.where(), run.locals()["hidden_states"], run.edits[0].warning, run.finish())
+    with model.trace("The Eiffel Tower", keep=True) as tracer:
+        tracer.model.transformer.h[5].output
+    return run.paths()

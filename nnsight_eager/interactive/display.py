@@ -9,6 +9,7 @@ Nothing here touches a point or goes on with a run.
 
 import inspect
 import linecache
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple
@@ -52,7 +53,8 @@ def _statistics(value: torch.Tensor) -> list[str]:
     finite = value[value.isfinite()] if value.is_floating_point() else value
     words = []
     if finite.numel():
-        low, high = (f"{float(each):.4g}" for each in finite.aminmax())
+        form = "{:.4g}" if finite.is_floating_point() else "{}"
+        low, high = (form.format(each.item()) for each in finite.aminmax())
         if value.is_floating_point():
             deviation = float(finite.double().std(correction=0))
             words.append(f"mean {float(finite.double().mean()):.4g} ± {deviation:.4g}")
@@ -191,7 +193,13 @@ def _source_at(frame: FrameType | None, visit: Visit | None) -> list[str]:
         file, line, name = code.co_filename, code.co_firstlineno, code.co_qualname
     lines = [(number, linecache.getline(file, number)) for number in range(max(1, line - AROUND), line + AROUND + 1)]
     shown = [f"{'▶' if number == line else ' '} {number:>5}  {text.rstrip()}" for number, text in lines if text]
-    return [f"{file}:{line} in {name}", *shown]
+    return [f"{_as_imported(file)}:{line} in {name}", *shown]
+
+
+def _as_imported(file: str) -> str:
+    """A file from where Python imports it: `transformers/models/llama/modeling_llama.py`."""
+    folders = [folder for folder in sys.path if folder and file.startswith(f"{folder}/")]
+    return file.removeprefix(max(folders, key=len) + "/") if folders else file
 
 
 class Locals(Shown, Mapping[str, Any]):
@@ -247,11 +255,12 @@ class Edits(Shown, Sequence[Receipt]):
 
         if not self._receipts:
             return "nothing has been changed"
-        table = Table("point", "step", "change", "value", "")
+        warned = any(each.warning for each in self._receipts)
+        table = Table("point", "step", "change", "value", *(["warning"] if warned else []))
         for each in self._receipts:
             form = each.before if each.before == each.after else f"{each.before} → {each.after}"
             size = "" if each.size == float("inf") else f"{each.size:.3g}"
-            table.add_row(each.point, str(each.step), size, form, each.warning)
+            table.add_row(each.point, str(each.step), size, form, *([each.warning] if warned else []))
         return table
 
 
