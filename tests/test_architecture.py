@@ -140,6 +140,7 @@ MAY_IMPORT = {
     "interactive.__init__": set(),
     "interactive.frozen": set(),
     "interactive.predicates": set(),
+    "interactive.into": {"coroutine", "visits"},
     "interactive.journal": {"interactive.frozen", "nested", "visits"},
     "interactive.display": {"changes", "coroutine", "interactive.journal", "nested", "paths", "shown", "visits"},
     "interactive.recording": {
@@ -158,6 +159,7 @@ MAY_IMPORT = {
         "current",
         "errors",
         "interactive.display",
+        "interactive.into",
         "interactive.journal",
         "interactive.predicates",
         "interactive.recording",

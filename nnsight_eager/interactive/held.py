@@ -12,6 +12,7 @@ run.finish()
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
@@ -41,6 +42,7 @@ from .display import (
     shown_value,
     stale,
 )
+from .into import stopping_in_code
 from .journal import Random, value_at
 from .predicates import Predicate
 from .recording import Recording
@@ -93,10 +95,16 @@ class HeldRun(Shown, Trace):
 
     # Going on
 
-    def step(self, n: int = 1) -> "HeldRun":
-        """On to the next point in execution order, `n` times: into the module's children, or on behind it."""
+    def step(self, n: int = 1, into_code: bool = False) -> "HeldRun":
+        """On to the next point in execution order, `n` times: into the module's children, or on behind it.
+
+        With `into_code` a debugger stops at the model's own next line: `n` and `s` go on in it, `c` to the next point.
+        """
         for _ in range(n):
-            if self._going_on().walk() is None:
+            run = self._going_on()
+            with stopping_in_code(run.at) if into_code and run.at is not None else nullcontext():
+                at = run.walk()
+            if at is None:
                 break
         return self._arrived()
 
