@@ -48,6 +48,7 @@ from .interactive.predicates import has_inf as has_inf, has_nan as has_nan, norm
 from .language import LanguageModel as LanguageModel
 from .model import NNsight as NNsight
 from .nested import shapes as shapes
+from .summaries import summary as summary
 from .trace import Trace as Trace
 from .tree import Envoy as Envoy
 

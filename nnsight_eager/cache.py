@@ -17,13 +17,14 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from .errors import CacheError, RowsError
+from .folding import folded
 from .nested import described, first_tensor, mapped, tensors
 from .paths import near, spelled
-from .shown import Shown
+from .shown import Column, Grid, Line, Part, Shown
 from .visits import OUTPUT, Visit
 
-SHOWN: Final = 12
-"""How many modules of a cache are listed when it is printed."""
+SHOWN: Final = 40
+"""How many lines of a cache are shown; layers of which the same was kept are one line."""
 
 Positions = int | slice | list[int] | None
 
@@ -141,17 +142,16 @@ class Cache(Shown):
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *(path.split(".")[0] for path in self._entries if path)})
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
+    def _parts(self) -> Iterator[Part]:
         visits = sum(map(len, self._entries.values()))
-        table = Table("module", "visits", "output", title=f"{len(self)} modules, {visits} visits, {self.nbytes / 1e6:.1f} MB")
-        for path, entries in [*self._entries.items()][:SHOWN]:
-            tensor = first_tensor(entries[-1].output)
-            table.add_row(path, str(len(entries)), "" if tensor is None else described(tensor))
-        if len(self) > SHOWN:
-            table.add_row(f"and {len(self) - SHOWN} more", "", "")
-        return table
+        yield Line(f"{len(self)} modules, {visits} visits, {self.nbytes / 1e6:.1f} MB", "title")
+        rows = folded((path, _kept(entries[-1]), str(len(entries))) for path, entries in self._entries.items())
+        columns = [Column("module"), Column("output", least=19)]
+        if any(len(entries) > 1 for entries in self._entries.values()):
+            columns.append(Column("visits", right=True))
+        yield Grid(columns, [(path or '""', *said)[: len(columns)] for path, *said in rows[:SHOWN]])
+        if len(rows) > SHOWN:
+            yield Line(f"and {len(rows) - SHOWN} more lines: `cache.keys()`", "dim")
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file, whose header holds the index as JSON.
@@ -273,6 +273,12 @@ class Cached:
 
     def __repr__(self) -> str:
         return f"<cached {spelled(self._path)}: {len(self)} visits>"
+
+
+def _kept(entry: Entry) -> str:
+    """What the last visit has left, in words."""
+    tensor = first_tensor(entry.output)
+    return "" if tensor is None else described(tensor)
 
 
 def _described(value: Any, stored: dict[str, torch.Tensor], name: str) -> Any:
