@@ -91,7 +91,7 @@ class Seen:
             state = self._states.get(id(module), "")
             if state in ("paused", "running") or any(id(child) in self._on_the_way for _, child in below):
                 self._on_the_way.add(id(module))
-            known = self._known.setdefault((type(module), module.extra_repr(), state, looks), len(self._known))
+            known = self._known.setdefault((type(module), self._options(module), state, looks), len(self._known))
             self._looks[id(module)] = known
         return known
 
@@ -109,11 +109,17 @@ class Seen:
         name, other = (each.rpartition(".")[2] or "model" for each in (path, self._other_name(path)))
         return name if name == other else f"{other} ({name})"
 
-    @staticmethod
-    def _kind(module: torch.nn.Module, brief: bool) -> str:
+    def _kind(self, module: torch.nn.Module, brief: bool) -> str:
         """The class, and with it what torch shows of a module that has no other in it."""
-        options = "" if brief or module._modules else module.extra_repr()
+        options = "" if brief or module._modules else self._options(module)
         return f"{type(module).__name__}({options})" if options else type(module).__name__
+
+    @staticmethod
+    def _options(module: torch.nn.Module) -> str:
+        try:
+            return str(module.extra_repr())
+        except Exception:  # somebody else's code, which must not hide all other modules
+            return "…"
 
 
 class Outline(Shown):

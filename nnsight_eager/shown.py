@@ -68,10 +68,10 @@ class Line(NamedTuple):
         """The line, and what of it does not fit below."""
         from rich.text import Text
 
-        text = self.text.expandtabs()
+        text = plain(self.text.expandtabs())
         indent = " " * (len(text) - len(text.lstrip()))
         for each in [text] if self.cut else [indent + line for line in wrapped(text.lstrip(), width - len(indent))]:
-            line = Text(plain(each), LOOKS[self.look][0])
+            line = Text(each, LOOKS[self.look][0])
             line.truncate(width, overflow="ellipsis")
             yield line
 
@@ -103,11 +103,11 @@ class Grid(NamedTuple):
         shown = [*range(len(self.columns))]
         while (widths := self._widths(shown, width)) is None:
             shown.remove(next(number for number in shown if self.columns[number].least))
-        if self.headed:
-            yield from self._row([each.head for each in self.columns], shown, widths)
-            yield from self._row(["─" * widths.get(number, 0) for number in range(len(self.columns))], shown, widths, "dim")
-        for row in self.rows:
-            yield from self._row(row, shown, widths, *row[len(self.columns) :])
+        head = [each.head for each in self.columns], ["─" * widths.get(n, 0) for n in range(len(self.columns))]
+        for row in (*head, *self.rows) if self.headed else self.rows:
+            for line in self._row(row, shown, widths, *row[len(self.columns) :]):
+                line.truncate(width, overflow="ellipsis")
+                yield line
 
     def _widths(self, shown: Sequence[int], width: int) -> dict[int, int] | None:
         """How wide each column is, or `None` where they do not fit."""
@@ -127,12 +127,12 @@ class Grid(NamedTuple):
         """A row, in several lines where a word of it is broken."""
         from rich.text import Text
 
-        words = [wrapped(row[n], widths[n]) if self.columns[n].broken else [row[n]] for n in shown]
+        words = [wrapped(plain(row[n]), widths[n]) if self.columns[n].broken else [plain(row[n])] for n in shown]
         for line in zip_longest(*words, fillvalue=""):
             text = Text()
             for place, (number, word) in enumerate(zip(shown, line, strict=True)):
                 column = self.columns[number]
-                cell = Text(plain(word), LOOKS[look or column.look][0])
+                cell = Text(word, LOOKS[look or column.look][0])
                 cell.truncate(widths[number], overflow="ellipsis")
                 cell.align("right" if column.right else "left", widths[number])
                 text.append(APART if place else "").append_text(cell)
@@ -144,7 +144,7 @@ class Grid(NamedTuple):
         head = "".join(self._cell(each, each.head, "", "th") for each in self.columns)
         body = "".join(f"<tr>{self._cells(row)}</tr>" for row in self.rows)
         return (
-            '<table style="border-collapse:collapse;margin:4px 0;font:inherit">'
+            '<table style="border-collapse:collapse;margin:4px 0;font:inherit;color:inherit">'
             f"{f'<thead><tr>{head}</tr></thead>' if self.headed else ''}<tbody>{body}</tbody></table>"
         )
 
@@ -154,7 +154,7 @@ class Grid(NamedTuple):
 
     def _cell(self, column: Column, word: str, look: str, tag: str = "td") -> str:
         line = "border-bottom:1px solid rgba(128,128,128,.5);font-weight:600;" if tag == "th" else ""
-        space = "normal" if column.broken else "pre"
+        space = "pre-wrap" if column.broken or column.least else "pre"
         side = "right" if column.right else "left"
         return styled(word, look or column.look, f"{line}text-align:{side};white-space:{space};padding:1px 2ch 1px 0", tag)
 

@@ -184,10 +184,15 @@ class HeldRun(Shown, Trace):
     def _rows(self, at: str = "", brief: bool = False) -> list[Row]:
         """The modules at and below a path, with what has run in this step."""
         run, journal = self._run, self._recording.journal
-        states = journal.states(run.step)
-        if run.at is not None:
-            states[id(run.at.module)] = "paused"
-        return Seen(self._tree.root, states, journal.shapes, self._tree.memory.aliases.shown).rows(at, brief)
+        states, shapes = journal.seen(run.at)
+        return Seen(self._tree.root, states, shapes, self._tree.memory.aliases.shown).rows(at, brief)
+
+    @property
+    def model(self) -> Envoy:
+        """The model's tree bound to this run, also where another is held: `other.model.transformer.h[5].output`."""
+        view = super().model
+        view._tree.held = weakref.ref(self)
+        return view
 
     def locals(self) -> Locals:
         """The local names of the model's own frame where it is paused, to be read: `run.locals()["hidden_states"]`."""

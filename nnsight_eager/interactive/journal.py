@@ -165,10 +165,16 @@ class Journal:
         here = None if self.paused is None else self.paused.place
         return here if here is not None and here.module is module and here.kind is kind else self.last.get((id(module), kind))
 
-    def states(self, step: int) -> dict[int, str]:
-        """What has run in a step and what is running, by identity."""
-        ran = {key: "ran" for (key, kind), place in self.last.items() if kind is OUTPUT and place.step == step}
-        return ran | {id(going.visit.module): "running" for going in self.going}
+    def seen(self, at: Visit | None) -> tuple[dict[int, str], dict[int, str]]:
+        """What has run in this step, what is running and where it is paused, and the last shape of each module, by identity."""
+        step = at.step if at is not None else max((place.step for place in self.last.values()), default=0)
+        states = {key: "ran" for (key, kind), place in self.last.items() if kind is OUTPUT and place.step == step}
+        states |= {id(going.visit.module): "running" for going in self.going}
+        if at is None:
+            return states, self.shapes
+        now = first_tensor(at.value) if at.kind is OUTPUT else None
+        shape = {} if now is None else {id(at.module): described(now)}
+        return states | {id(at.module): "paused"}, self.shapes | shape
 
     def settle(self) -> None:
         """Note what has been changed where the run is paused."""
