@@ -11,6 +11,7 @@ with model.trace("The Eiffel Tower is in the city of"):
 
 from typing import Any
 
+from . import plot as plot
 from .activations import Activations as Activations
 from .cache import Cache as Cache
 from .compat import add_save_to_tensors, save as save

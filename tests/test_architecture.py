@@ -110,6 +110,7 @@ MAY_IMPORT = {
     "loading": {"errors"},
     "activations": {"errors", "paths"},
     "dataset": {"errors"},
+    "plot": {"errors", "language"},
     "progress": set(),
     "extraction": {
         "activations",
