@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 MARKS: Final = {"ran": "✓ ", "running": "… ", "paused": "▶ ", "": "  "}
+IN_A_NOTEBOOK: Final = MARKS | {"paused": "● "}  # a triangle is what folds and unfolds there
 
 MANY: Final = 40
 """How many lines are shown in a notebook before those deep in the model are folded away."""
@@ -167,7 +168,7 @@ class Branches(NamedTuple):
         """The tree with its branches folded where there are many, but for those that lead to the paused place."""
         widths = (
             max(2 * row.depth + len(plain(row.name)) for row in self.rows) + 4,
-            min(60, max(len(plain(row.kind)) for row in self.rows)) + 2,
+            min(44, max(len(plain(row.kind)) for row in self.rows)) + 2,
         )
         return "".join(self._html(0, len(self.rows), widths))
 
@@ -196,7 +197,7 @@ class Branches(NamedTuple):
         state = "" if row.state == "paused" else row.state
         return (
             '<span style="white-space:nowrap">'
-            + styled(f"{MARKS[row.state]}{row.name}", state, f"{cut};width:{widths[0] - 2 * row.depth}ch")
+            + styled(f"{IN_A_NOTEBOOK[row.state]}{row.name}", state, f"{cut};width:{widths[0] - 2 * row.depth}ch")
             + styled(row.kind, "type", f"{cut};width:{widths[1]}ch")
             + styled(row.shape, "dim", "white-space:pre")
             + "</span>"

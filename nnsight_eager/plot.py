@@ -104,11 +104,11 @@ def attention(pattern: torch.Tensor, tokens: Sequence[str], heads: Sequence[int]
         axes.set_title(f"head {head}", fontsize=10)
     for axes in every[len(chosen) :]:
         axes.set_visible(False)
-    for axes in every[: len(chosen)]:
+    for number, axes in enumerate(every[: len(chosen)]):
         _label(axes, tokens, "x")
         _label(axes, tokens, "y")
-        # Where the panel below is empty, the labels stand here.
-        axes.tick_params(labelbottom=axes in every[max(0, len(chosen) - across) : len(chosen)])
+        lowest, first = number + across >= len(chosen), number % across == 0  # of its column, of its row
+        axes.tick_params(bottom=lowest, labelbottom=lowest, left=first, labelleft=first)
     figure.suptitle(title or "Attention pattern", fontsize=11)
     figure.supxlabel("key", fontsize=10)
     figure.supylabel("query", fontsize=10)

@@ -156,7 +156,12 @@ class Grid(NamedTuple):
         line = "border-bottom:1px solid rgba(128,128,128,.5);font-weight:600;" if tag == "th" else ""
         space = "pre-wrap" if column.broken or column.least else "pre"
         side = "right" if column.right else "left"
-        return styled(word, look or column.look, f"{line}text-align:{side};white-space:{space};padding:1px 2ch 1px 0", tag)
+        return styled(
+            word,
+            look or column.look,
+            f"{line}text-align:{side};white-space:{space};vertical-align:top;padding:1px 2ch 1px 0",
+            tag,
+        )
 
 
 def wrapped(text: str, width: int) -> list[str]:

@@ -74,7 +74,7 @@ NAMES = [
 
 def said(text):
     """The words of a display: without tags, without the lines and marks that its form adds."""
-    return re.sub(r"[│├└─✓▶…]+|\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", text))).split()
+    return re.sub(r"[│├└─✓▶●…]+|\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", text))).split()
 
 
 @pytest.fixture
