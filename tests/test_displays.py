@@ -3,6 +3,7 @@
 import html
 import io
 import re
+import threading
 
 import pytest
 import torch
@@ -219,6 +220,45 @@ def test_many_modules_are_folded_in_a_notebook_but_for_those_in_which_the_run_is
     run = model.trace(X4).start().to("inner.c.deep.h.1.lin")
     assert opened() == ["model", "inner", "c", "deep", "h", "1"]
     run.close()
+
+
+def test_a_closed_run_keeps_its_receipt_and_shows_where_it_was_left(held):
+    _, run, _ = held
+    run.step()
+    run.model.h[1].output *= 2
+    before = repr(run.edits)
+    run.close()
+    assert repr(run.edits) == before
+    assert "model.h[1].output " in before
+    assert repr(run) == "forward of Stack: closed"
+    assert repr(run.locals()) == "no frame of the model is paused"
+    assert "│   ├── … 1 " in repr(run.where())
+
+
+def test_the_model_can_be_shown_from_within_its_forward_and_from_another_thread(watched, held):
+    model, run, _ = held
+    shown = []
+
+    def show(*_):
+        shown.extend([*map(repr, (model, run, run.where(), run.edits)), run._repr_html_(), model._repr_html_()])
+
+    handle = model.h[2].register_forward_hook(show)
+    run.until(lambda tensor: show())
+    handle.remove()
+    thread = threading.Thread(target=show)
+    thread.start()
+    thread.join()
+    assert len(shown) > 6
+    assert not any(each is None or "cannot be shown" in each for each in shown)
+
+
+def test_colours_are_for_terminals_that_have_them(held):
+    from rich.console import Console
+
+    model, _, _ = held
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=100)
+    console.print(model)
+    assert re.search(r"\x1b\[1;7m[^\x1b]*▶ lin", console.file.getvalue())
 
 
 # Whatever it is called

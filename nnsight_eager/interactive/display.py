@@ -116,6 +116,9 @@ class Locals(Shown, Mapping[str, Any]):
     def _parts(self) -> Iterator[Part]:
         values = {name: value for name, value in self._values.items() if not isinstance(value, torch.nn.Module)}
         rows = [(name, one_line(value)) for name, value in values.items()]
+        if not rows:
+            yield Line("no frame of the model is paused", "dim")
+            return
         yield Grid([Column("local name", look="type"), Column("value", least=40, broken=True)], rows)
 
 

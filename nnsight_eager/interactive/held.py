@@ -159,6 +159,7 @@ class HeldRun(Shown, Trace):
 
     def close(self) -> None:
         """Abandon the run; afterwards the model is as it was."""
+        self._settle()
         self._run.close()
 
     def stop(self) -> NoReturn:
@@ -183,8 +184,7 @@ class HeldRun(Shown, Trace):
 
     def _rows(self, at: str = "", brief: bool = False) -> list[Row]:
         """The modules at and below a path, with what has run in this step."""
-        run, journal = self._run, self._recording.journal
-        states, shapes = journal.seen(run.at)
+        states, shapes = self._recording.journal.seen(self._run.at)
         return Seen(self._tree.root, states, shapes, self._tree.memory.aliases.shown).rows(at, brief)
 
     @property
@@ -206,7 +206,7 @@ class HeldRun(Shown, Trace):
         the run has ended and gradients were recorded, one that nothing returned depends on.
         """
         journal, run = self._recording.journal, self._run
-        journal.settle()
+        self._settle()
         whole = reached(run.result) if run.finished and not run.cut_short else set()
         receipts = [
             receipt(each, run.path_of(each.place.module), bool(whole) and each.node is not None and each.node not in whole)
@@ -265,7 +265,7 @@ class HeldRun(Shown, Trace):
     def _replay(self, place: Place) -> "HeldRun":
         """Be paused at `place`, on a new forward pass."""
         earlier, before = self._recording, self._run
-        earlier.journal.settle()
+        self._settle()
         recording = earlier.again()
         self._run = run = recording.follow(earlier, self._run_of, place)
         self._recording = recording
@@ -278,6 +278,11 @@ class HeldRun(Shown, Trace):
         return self
 
     # Inside
+
+    def _settle(self) -> None:
+        """Note what has been changed where the run is paused; where it was closed, its values are gone."""
+        if self._run.open:
+            self._recording.journal.settle()
 
     def _going_on(self) -> Run:
         """The run, which must not have ended."""
