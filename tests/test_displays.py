@@ -349,6 +349,7 @@ class Broken(Shown):
 def test_a_display_that_fails_is_a_line_in_the_cell(shell, capsys):
     from rich.console import Console
 
+    assert Broken()._repr_html_() is None
     data, _ = shell.display_formatter.format(Broken())
     assert data == {"text/plain": "<Broken, which cannot be shown: ValueError: <b>no</b>>"}
     console = Console(width=80)
