@@ -21,6 +21,7 @@ from .folding import folded
 from .nested import described, first_tensor, mapped, tensors
 from .paths import near, spelled
 from .shown import Column, Grid, Line, Part, Shown
+from .summaries import one_line
 from .visits import OUTPUT, Visit
 
 SHOWN: Final = 40
@@ -186,7 +187,7 @@ class Cache(Shown):
             ) from None
 
 
-class Cached:
+class Cached(Shown):
     """One place in a cache: a module's values, and the way to those below it."""
 
     def __init__(self, cache: Cache, path: str) -> None:
@@ -271,8 +272,16 @@ class Cached:
     def __bool__(self) -> bool:
         return True
 
-    def __repr__(self) -> str:
-        return f"<cached {spelled(self._path)}: {len(self)} visits>"
+    def _parts(self) -> Iterator[Part]:
+        below = sum(path.startswith(self._prefix) for path in self._cache._entries) - (not self._path and len(self) > 0)
+        inside = f", {below} modules below it" if below else ""
+        yield Line(f"cached of {spelled(self._path)}: {len(self)} visit{'s' * (len(self) != 1)}{inside}", "title")
+        entries = self._cache._entries.get(self._path, ())
+        rows = [(str(each.step), one_line(first_tensor(each.output))) for each in entries[:SHOWN]]
+        if rows:
+            yield Grid([Column("step", right=True), Column("output", 40, broken=True)], rows)
+        if len(entries) > SHOWN:
+            yield Line(f"and {len(entries) - SHOWN} more", "dim")
 
 
 def _kept(entry: Entry) -> str:

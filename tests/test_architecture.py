@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "folding": set(),
     "outline": {"shown"},
     "summaries": {"nested", "shown"},
-    "cache": {"errors", "folding", "nested", "paths", "shown", "visits"},
+    "cache": {"errors", "folding", "nested", "paths", "shown", "summaries", "visits"},
     "current": {"changes", "coroutine", "errors", "run"},
     "rewriting": set(),
     "texts": set(),

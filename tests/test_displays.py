@@ -52,6 +52,7 @@ def displays(model, run):
         "edits": run.edits,
         "locals": run.locals(),
         "cache": another.cache(X4, modules=["h.*", "head"]),
+        "cached": another.cache(X4, modules=["h.*", "head"])["h.1"],
         "map": another.map(X4),
         "summary": summary(X4),
         "summary of several": summary({"one": X4, "other": (X4, 1)}),
@@ -67,6 +68,7 @@ NAMES = [
     "edits",
     "locals",
     "cache",
+    "cached",
     "map",
     "summary",
     "summary of several",
@@ -433,3 +435,31 @@ def test_an_output_of_several_values_is_a_line_for_each(columns):
         "2  3",
     ]
     assert str(summary(list(range(50)))).splitlines()[-2:] == ["39  39", "and 10 more"]
+
+
+# Caches and maps
+
+
+def test_a_cache_shows_layers_of_which_the_same_was_kept_as_one_line(columns):
+    columns(80)
+    cache = NNsight(Stack()).cache(X4)
+    assert repr(cache).splitlines() == [
+        "8 modules, 8 visits, 0.0 MB",
+        "module      output",
+        "──────────  ──────────────",
+        "h.0…2.lin   [1, 4] float32",
+        "h.0…2       [1, 4] float32",
+        "head        [1, 4] float32",
+        '""          [1, 4] float32',
+    ]
+
+
+def test_a_place_in_a_cache_shows_each_visit(columns):
+    columns(80)
+    model = NNsight(Stack())
+    with model.trace(X4, fn="generate") as tracer:
+        cache = tracer.cache(modules=["h.*"])
+    lines = repr(cache["h.1"]).splitlines()
+    assert lines[0] == "cached of model.h[1]: 3 visits"
+    assert [line.split()[:4] for line in lines[3:]] == [[str(step), "[1,", "4]", "float32"] for step in range(3)]
+    assert repr(cache["h"]) == "cached of model.h: 0 visits, 3 modules below it"
