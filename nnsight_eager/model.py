@@ -172,10 +172,9 @@ class NNsight(Envoy):
         view._tree.edits = [*self._tree.edits]
         return view
 
-    def __repr__(self) -> str:
-        lines = [f"{spelled(name)} is {spelled(own)}" for name, own in self._tree.memory.aliases]
-        lines += [repr(edit) for edit in self._tree.edits]
-        return "\nwith\n  ".join(["\n  ".join(each) for each in ([super().__repr__()], lines) if each])
+    def _notes(self) -> list[str]:
+        aliases = [f"{spelled(name)} is {spelled(own)}" for name, own in self._tree.memory.aliases]
+        return [*aliases, *map(repr, self._tree.edits)]
 
     def batch(self, inputs: Sequence[Given]) -> tuple[Given, list[int]]:
         """How the inputs of several invokes become one call: the arguments of that call, and the rows of each input.

@@ -21,8 +21,8 @@ def path_in(root: torch.nn.Module, module: torch.nn.Module) -> str:
 
 
 def spelled(path: str, kind: str = "") -> str:
-    """A path as one would write it: `model.transformer.h[2].output`."""
-    parts = [f"[{part}]" if part.isdigit() else f".{part}" for part in path.split(".") if part]
+    """A path as one would write it: `model.transformer.h[2].output`; of folded ones `model.transformer.h[0…11].output`."""
+    parts = [f"[{part}]" if part.replace("…", "").isdigit() else f".{part}" for part in path.split(".") if part]
     return "model" + "".join(parts) + (f".{kind}" if kind else "")
 
 

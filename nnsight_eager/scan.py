@@ -10,6 +10,7 @@ on, so weights need not be loaded; both sides run in the mode, so that tensors m
 chooses by values cannot: transformers keeps an attention mask that it would drop where it is all ones.
 """
 
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,10 +18,11 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
 from .errors import InputError, InvokeError, PathError, RunError
-from .nested import described, mapped, tensors
+from .folding import folded
+from .nested import described, mapped, small_tensors
 from .paths import near, spelled
 from .run import Call
-from .shown import Shown
+from .shown import Column, Grid, Part, Shown
 from .trace import Trace
 from .tree import Tree
 from .visits import OUTPUT, Visit
@@ -93,13 +95,12 @@ class Map(Shown):
             raise PathError(f"`{path}` does not run{near(path, (row.path for row in self.rows))}", "`.rows` lists what does.")
         return found
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
-        table = Table("module", "type", "input", "output", "visits")
-        for row in self.rows:
-            table.add_row(spelled(row.path), row.kind, row.input, row.output, str(row.visits) if row.visits > 1 else "")
-        return table
+    def _parts(self) -> Iterator[Part]:
+        rows = [(row.path, row.kind, row.input, row.output, str(row.visits)) for row in self.rows]
+        columns = [Column("module"), Column("type", 12, look="type"), Column("input", 19), Column("output", 19)]
+        if any(row.visits > 1 for row in self.rows):
+            columns.append(Column("visits", right=True))
+        yield Grid(columns, [(spelled(path), *said)[: len(columns)] for path, *said in folded(rows)])
 
 
 def map_of(scan: Scan, modules: dict[str, torch.nn.Module]) -> Map:
@@ -124,8 +125,8 @@ def map_of(scan: Scan, modules: dict[str, torch.nn.Module]) -> Map:
 
 
 def _shown(value: Any) -> str:
-    """The tensors in a value, the first three of them in words."""
-    every = [described(each) for each in tensors(value)]
+    """The tensors in a value, the first three of them in words; a key/value cache has others in each layer."""
+    every = [described(each) for each in small_tensors(value)]
     return ", ".join(every[:3]) + (f", {len(every) - 3} more" if len(every) > 3 else "")
 
 

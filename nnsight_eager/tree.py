@@ -13,7 +13,8 @@ import torch
 from .coroutine import without_our_frames
 from .current import current
 from .ears import Memory
-from .errors import EditError, PathError
+from .errors import EditError, NnsightEagerError, PathError
+from .outline import Outline, Row, Seen
 from .paths import matching, near, path_in, spelled
 from .points import AtNextVisit, Points
 from .run import Run
@@ -43,6 +44,22 @@ class Tree:
     def run(self) -> Run:
         """The run that points of this tree belong to."""
         return self.bound_to or current(self.root)
+
+    def rows(self, at: str) -> list[Row]:
+        """The modules at and below a path, with what is known of the run that points belong to, or of the last one by hand."""
+        run, held = self._open_run(), self.held()
+        if held is not None and (run is None or run is held._run):
+            return held._rows(at)  # type: ignore[no-any-return]
+        states = {} if run is None or run.at is None else {id(run.at.module): "paused"}
+        return Seen(self.root, states, other_name=self.memory.aliases.shown).rows(at)
+
+    def _open_run(self) -> Run | None:
+        """The run that points of this tree belong to, if there is one."""
+        try:
+            run = self.run()
+        except NnsightEagerError:
+            return None
+        return run if isinstance(run, Run) and run.open else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy is another model: no run is open in it, and what was learned speaks of other modules.
@@ -276,15 +293,21 @@ class Envoy(Points):
         return sorted({*super().__dir__(), *dir(self._module), *self._other_names, *taken})
 
     def __repr__(self) -> str:
-        return repr(self._module)
+        return repr(self._outline())
 
     def _repr_html_(self) -> str | None:
-        """In a notebook: the tree with its repeats as one line, and where the run that is held by hand is paused."""
-        from .interactive.display import ModelTree, rows_of
+        return self._outline()._repr_html_()
 
-        held, shown = self._tree.held(), self._tree.memory.aliases.shown
-        tree = held.tree(self) if held is not None else ModelTree(rows_of(self._tree.root, other_name=shown, at=self._own_path))
-        return tree._repr_html_()
+    def __rich__(self) -> Outline:
+        return self._outline()
+
+    def _outline(self) -> Outline:
+        """What is shown of it: the modules with their repeats as one line, where the run is paused, and further notes."""
+        return Outline(lambda: self._tree.rows(self._own_path), self._notes)
+
+    def _notes(self) -> list[str]:
+        """What is to be said below the modules."""
+        return []
 
 
 class NextEnvoy(AtNextVisit, Envoy):
