@@ -48,7 +48,7 @@ class NNsight(Envoy):
                 f"`{type(self).__name__}(...)` was given `{type(module).__name__}`, which is not a `torch.nn.Module`.",
                 "Pass the module itself; `LanguageModel` also takes a model's name or folder.",
             )
-        super().__init__(module, "", Tree(module, Memory(Aliases(module, rename, type(self)))))
+        super().__init__(module, "", Tree(module, Memory(Aliases(module, rename, type(self), Envoy))))
         self._tree.model = weakref.ref(self)
 
     def trace(
