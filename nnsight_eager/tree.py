@@ -13,7 +13,7 @@ import torch
 from .coroutine import without_our_frames
 from .current import current
 from .ears import Memory
-from .errors import EditError, PathError
+from .errors import EditError, PathError, SourceError
 from .paths import matching, near, path_in, spelled
 from .points import AtNextVisit, Points
 from .run import Run
@@ -289,6 +289,16 @@ class Envoy(Points):
 
 class NextEnvoy(AtNextVisit, Envoy):
     """A module at its next visit after now: what `envoy.next()` gives."""
+
+    @property
+    def source(self) -> Source:
+        """The operations of the visit that was met, as in `for visit in block.visits(): visit.source`."""
+        if self._met is None:
+            raise SourceError(
+                f"`{spelled(self._path, 'source', further=True)}` is of a visit that the run has not come to.",
+                f"Ask the operation for its next visit: `{spelled(self._path, 'source')}.name_0.next().output`.",
+            )
+        return super().source
 
     @classmethod
     def _of(cls, module: torch.nn.Module, path: str, tree: Tree) -> "Envoy":

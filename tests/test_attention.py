@@ -137,6 +137,25 @@ def test_every_step_of_a_generation_has_its_pattern(llama):
     assert torch.equal(tracer.result, plain)
 
 
+def test_the_next_visit_of_an_attention_has_its_own_pattern(llama):
+    attention = llama.model.layers[0].self_attn
+    with llama.generate(input_ids=IDS[:1], max_new_tokens=3, min_new_tokens=3) as tracer:
+        first = attention.pattern
+        further = attention.next()
+        second = further.pattern
+        further.pattern = second * 0
+        assert not further.pattern.any()
+        assert not attention.o_proj.input.any()
+        assert further.output[0].shape == (1, 1, 32)
+        third = attention.next()
+        assert third.input.shape == (1, 1, 32)
+        assert third.pattern.shape == (1, 4, 1, 11)
+        with pytest.raises(OutOfOrderError, match=r"this `model\.model\.layers\[0\]\.self_attn\.next\(\)\.pattern` met is over"):
+            further.pattern
+    assert (first.shape, second.shape) == ((1, 4, 9, 9), (1, 4, 1, 10))
+    assert tracer.result.shape == (1, 12)
+
+
 def configurations(model):
     return [module.__dict__.get("config") for module in model._module.modules()]
 
@@ -187,9 +206,15 @@ def test_what_has_no_pattern_says_so(llama):
 def test_a_pattern_that_has_been_computed_is_out_of_order(llama):
     layer = llama.model.layers[0].self_attn
     for _ in range(2):
-        with pytest.raises(OutOfOrderError, match="has already run"), llama.trace(input_ids=IDS):
+        with pytest.raises(OutOfOrderError) as caught, llama.trace(input_ids=IDS):
             layer.output
             layer.pattern
+        assert str(caught.value).splitlines() == [
+            "`model.model.layers[0].self_attn.pattern` has already run in this step (step 0); the model was paused at "
+            "`model.model.layers[0].self_attn.output`.",
+            "Read `model.model.layers[0].self_attn.pattern` above the line that reads `model.model.layers[0].self_attn.output`; "
+            "for a later visit of it write `model.model.layers[0].self_attn.next().pattern`.",
+        ]
     with llama.trace(input_ids=IDS):
         layer.pattern
         assert layer.output[0].shape == (2, 9, 32)
