@@ -150,7 +150,9 @@ def test_the_next_visit_of_an_attention_has_its_own_pattern(llama):
         third = attention.next()
         assert third.input.shape == (1, 1, 32)
         assert third.pattern.shape == (1, 4, 1, 11)
-        with pytest.raises(OutOfOrderError, match=r"this `model\.model\.layers\[0\]\.self_attn\.next\(\)\.pattern` met is over"):
+        with pytest.raises(
+            OutOfOrderError, match=r"this `model\.model\.layers\[0\]\.self_attn\.next\(\)\.pattern` met is over"
+        ):
             further.pattern
     assert (first.shape, second.shape) == ((1, 4, 9, 9), (1, 4, 1, 10))
     assert tracer.result.shape == (1, 12)
@@ -212,8 +214,9 @@ def test_a_pattern_that_has_been_computed_is_out_of_order(llama):
         assert str(caught.value).splitlines() == [
             "`model.model.layers[0].self_attn.pattern` has already run in this step (step 0); the model was paused at "
             "`model.model.layers[0].self_attn.output`.",
-            "Read `model.model.layers[0].self_attn.pattern` above the line that reads `model.model.layers[0].self_attn.output`; "
-            "for a later visit of it write `model.model.layers[0].self_attn.next().pattern`.",
+            "Read `model.model.layers[0].self_attn.pattern` above the line that reads "
+            "`model.model.layers[0].self_attn.output`; for a later visit of it write "
+            "`model.model.layers[0].self_attn.next().pattern`.",
         ]
     with llama.trace(input_ids=IDS):
         layer.pattern
