@@ -86,6 +86,11 @@ class EditBlock(Captured):
         self._edit = edit
         self._target = entered
 
+    def __call__(self, function: Callable[[], Any]) -> Any:
+        """Have `function`, called without arguments, be the block: `@model.edit(inplace=True)`."""
+        self._edit.store(label_of(function), lambda: function)
+        return self._target
+
     def _entered(self) -> Any:
         return self._target
 

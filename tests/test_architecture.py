@@ -96,6 +96,7 @@ MAY_IMPORT = {
         "interactive.held",
         "invokes",
         "paths",
+        "points",
         "run",
         "scan",
         "trace",
