@@ -83,6 +83,30 @@ def test_a_pattern_is_what_eager_attention_computes_and_the_model_goes_on_as_bef
     assert torch.allclose(tracer.result.logits[kept], plain[kept], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pattern_that_is_replaced_is_replaced_as_in_eager_attention(kind, monkeypatch):
+    explicit, fused, path = both(kind)
+    if kind == "bert" and transformers.__version__ < "5":  # it goes through the interface from transformers 5 on
+        pytest.skip("BERT has no pattern before transformers 5")
+    new = torch.softmax(torch.randn(2, 4, 9, 9), -1)
+    with torch.no_grad(), fused.trace(input_ids=IDS) as tracer:
+        fused[path].pattern = new
+    softmax, module = torch.nn.functional.softmax, explicit._module.get_submodule(path)
+
+    def attend(*args, **kwargs):
+        with monkeypatch.context() as patch:  # eager attention has one softmax, which gives the probabilities
+            patch.setattr(torch.nn.functional, "softmax", lambda scores, *_, **__: new.to(scores))
+            return type(module).forward(module, *args, **kwargs)
+
+    with torch.no_grad():
+        plain = explicit.trace(input_ids=IDS).result.logits
+        monkeypatch.setattr(module, "forward", attend)
+        expected = explicit.trace(input_ids=IDS).result.logits
+    assert torch.nn.functional.softmax is softmax
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    assert torch.allclose(tracer.result.logits, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "value"), [("llama", "v_proj"), ("gpt2", "c_attn")])
 def test_the_model_goes_on_with_a_pattern_that_is_assigned(kind, value):
     _, model, path = both(kind)
