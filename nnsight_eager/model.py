@@ -110,7 +110,7 @@ class NNsight(Envoy):
 
         print(model.map("The Eiffel Tower is in"))       # a table; `.rows` has it as data
         """
-        return map_of(self.scan(*args, **kwargs), dict(self._module.named_modules()))
+        return map_of(self.scan(*args, **kwargs), dict(self._module.named_modules()), self._tree.memory.aliases)
 
     def edit(self, function: Callable[[], Any] | None = None, *, inplace: bool = False) -> Any:
         """An edit that every later trace and generation of the model begins with, once in each step.
@@ -143,7 +143,9 @@ class NNsight(Envoy):
         """
         at = self._place(layer, "steer")
         label = f"steer `{spelled(at._path)}`"
-        return Edit(self._tree.edits).store(label, lambda: lambda: steer(at, vector, scale, positions))
+        return Edit(self._tree.edits).store(
+            label, lambda: lambda: steer(at, vector, scale, positions), (vector, scale, positions)
+        )
 
     def ablate(self, layer: Envoy | str, value: Any = 0, positions: Positions = None) -> Edit:
         """Replace what a module gives by a constant in every run from here on.
@@ -158,7 +160,7 @@ class NNsight(Envoy):
             raise EditError(f"`ablate` was given {value!r}.", 'Give a number, a tensor or `"mean"`.')
         at = self._place(layer, "ablate")
         label = f"ablate `{spelled(at._path)}`"
-        return Edit(self._tree.edits).store(label, lambda: lambda: ablate(at, value, positions))
+        return Edit(self._tree.edits).store(label, lambda: lambda: ablate(at, value, positions), (value, positions))
 
     def _place(self, given: Any, given_to: str) -> Any:
         """The place that an envoy, an operation or a path is."""

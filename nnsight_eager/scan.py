@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
+from .aliases import Aliases
 from .errors import InputError, InvokeError, PathError, RunError
 from .nested import described, mapped, tensors
 from .paths import near, spelled
@@ -80,17 +81,21 @@ class Row(NamedTuple):
 class Map(Shown):
     """The modules that a forward pass runs, in the order they begin; printed as a table."""
 
-    def __init__(self, rows: list[Row]) -> None:
+    def __init__(self, rows: list[Row], aliases: Aliases) -> None:
+        """`aliases` are the model's other names, in which it is shown and may be asked."""
         self.rows = rows
+        self._aliases = aliases
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, path: str) -> Row:
         """The row of one module."""
-        found = next((row for row in self.rows if row.path == path), None)
+        own = self._aliases.own(path)
+        found = next((row for row in self.rows if row.path == own), None)
         if found is None:
-            raise PathError(f"`{path}` does not run{near(path, (row.path for row in self.rows))}", "`.rows` lists what does.")
+            names = [self._aliases.shown(row.path) for row in self.rows]
+            raise PathError(f"`{path}` does not run{near(path, names)}", "`.rows` lists what does.")
         return found
 
     def __rich__(self) -> Any:
@@ -98,11 +103,17 @@ class Map(Shown):
 
         table = Table("module", "type", "input", "output", "visits")
         for row in self.rows:
-            table.add_row(spelled(row.path), row.kind, row.input, row.output, str(row.visits) if row.visits > 1 else "")
+            table.add_row(
+                spelled(self._aliases.shown(row.path)),
+                row.kind,
+                row.input,
+                row.output,
+                str(row.visits) if row.visits > 1 else "",
+            )
         return table
 
 
-def map_of(scan: Scan, modules: dict[str, torch.nn.Module]) -> Map:
+def map_of(scan: Scan, modules: dict[str, torch.nn.Module], aliases: Aliases) -> Map:
     """Run the scan and note every call of these modules."""
     rows: dict[str, Row] = {}
 
@@ -120,7 +131,7 @@ def map_of(scan: Scan, modules: dict[str, torch.nn.Module]) -> Map:
     with scan:
         for path, module in modules.items():
             scan.watch(module, watcher(path, module))
-    return Map(list(rows.values()))
+    return Map(list(rows.values()), aliases)
 
 
 def _shown(value: Any) -> str:

@@ -64,6 +64,14 @@ def test_a_cache_is_read_in_any_names(model):
     assert "layers.3.w" not in cache
 
 
+def test_a_map_is_shown_and_asked_in_the_names(model):
+    found = model.map(X4)
+    assert "model.layers[1].linear" in repr(found)
+    assert found["layers.1.w"] == found["h.1.lin"]
+    with pytest.raises(PathError, match=r"`layers\.1\.line` does not run; did you mean `layers\.1\.linear`"):
+        found["layers.1.line"]
+
+
 def test_the_representation_lists_the_names():
     shown = repr(NNsight(Stack(), rename={"h": "layers", "*.lin": "linear"}))
     assert shown.endswith("with\n  model.layers is model.h\n  model.layers.*.linear is model.h.*.lin")

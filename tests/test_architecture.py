@@ -83,7 +83,7 @@ MAY_IMPORT = {
         "tree",
         "visits",
     },
-    "scan": {"errors", "nested", "paths", "run", "shown", "trace", "tree", "visits"},
+    "scan": {"aliases", "errors", "nested", "paths", "run", "shown", "trace", "tree", "visits"},
     "constants": {"cache", "errors", "nested", "shared", "tree"},
     "model": {
         "aliases",
