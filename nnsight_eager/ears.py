@@ -158,9 +158,8 @@ class Ears:
     def _new_ear(self, module: torch.nn.Module) -> Visit:
         """An ear for `module`, which later runs use again."""
         if not self.open:
-            by_hand = "`run.restart()` begins it again, `run.back_to(...)` goes back to a point."
             in_a_block = "Read points inside the `with` block, or open a new trace."
-            raise RunEndedError("This run has ended.", by_hand if self._forward.by_hand else in_a_block)
+            raise RunEndedError("This run has ended.", self._forward.again if self._forward.by_hand else in_a_block)
         kind = RootVisit if module is self._root else Visit
         visit = tap_at(not_compiled(kind)() if self.memory.compiled else kind(), module)
         visit.rest()

@@ -321,14 +321,9 @@ class Run:
     def _refuse_ended(self) -> None:
         """Raise where the run has ended before its end."""
         if self.failed_with:
-            raise RunEndedError(
-                f"This run has ended: its forward pass raised `{self.failed_with}`.",
-                "Open a new trace to run the model again.",
-            )
+            raise RunEndedError(f"This run has ended: its forward pass raised `{self.failed_with}`.", self._forward.again)
         if self.cut_short:
-            raise RunEndedError(
-                "This run was closed before its end, so it has no result.", "Open a new trace to run the model."
-            )
+            raise RunEndedError("This run was closed before its end, so it has no result.", self._forward.again)
 
     def close(self) -> None:
         """End the run wherever it is; afterwards the model is as it was."""

@@ -159,6 +159,7 @@ MAY_IMPORT = {
     "interactive.left_behind": {"changes", "paths", "run"},
     "interactive.pointing": {"errors", "paths", "tree", "visits"},
     "interactive.held": {
+        "cache",
         "compat",
         "current",
         "errors",
@@ -178,7 +179,7 @@ MAY_IMPORT = {
         "tree",
         "visits",
     },
-    "interactive.kept": {"errors", "interactive.held", "interactive.recording", "run", "trace", "visits"},
+    "interactive.kept": {"errors", "interactive.held", "interactive.recording", "run", "trace", "tracebacks", "visits"},
     "interactive.magics": {"errors", "interactive.display", "interactive.held", "interactive.predicates"},
     "demo": {"errors"},
     "__main__": {"demo", "errors", "language", "lens"},

@@ -220,10 +220,18 @@ def _source_at(frame: FrameType | None, visit: Visit | None) -> list[str]:
         code = getattr(function, "__code__", None)
         if code is None:
             return []
-        file, line, name = code.co_filename, code.co_firstlineno, code.co_qualname
+        file, line, name = code.co_filename, _line_of_def(code), code.co_qualname
     lines = [(number, linecache.getline(file, number)) for number in range(max(1, line - AROUND), line + AROUND + 1)]
     shown = [f"{'▶' if number == line else ' '} {number:>5}  {text.rstrip()}" for number, text in lines if text]
     return [f"{_as_imported(file)}:{line} in {name}", *shown]
+
+
+def _line_of_def(code: CodeType) -> int:
+    """Where a function's `def` stands; its first line is that of its first decorator."""
+    first = code.co_firstlineno
+    inside = min((line for *_, line in code.co_lines() if line is not None and line > first), default=first)
+    lines = ((number, linecache.getline(code.co_filename, number)) for number in range(first, inside))
+    return next((number for number, line in lines if line.lstrip().startswith(("def ", "async def "))), first)
 
 
 def _as_imported(file: str) -> str:
@@ -250,6 +258,8 @@ class Locals(Shown, Mapping[str, Any]):
     def __rich__(self) -> Any:
         from rich.table import Table
 
+        if not self._values:
+            return "no frame of the model is paused"
         table = Table("name", "value", box=None, pad_edge=False)
         for name, value in self._values.items():
             if name != "self" and not isinstance(value, torch.nn.Module):
@@ -281,12 +291,12 @@ class Edits(Shown, Sequence[Receipt]):
         return len(self._receipts)
 
     def __rich__(self) -> Any:
-        from rich.table import Table
+        from rich.table import Column, Table
 
         if not self._receipts:
             return "nothing has been changed"
         warned = any(each.warning for each in self._receipts)
-        table = Table("point", "step", "change", "value", *(["warning"] if warned else []))
+        table = Table(Column("point", overflow="fold"), "step", "change", "value", *(["warning"] if warned else []))
         for each in self._receipts:
             form = each.before if each.before == each.after else f"{each.before} → {each.after}"
             size = "" if each.size == float("inf") else f"{each.size:.3g}"

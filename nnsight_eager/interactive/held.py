@@ -16,6 +16,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
+from ..cache import Cache
 from ..compat import add_save_to_builtins
 from ..current import held, hold
 from ..errors import NotReachedError, RunEndedError, RunError, WrongThreadError
@@ -43,8 +44,8 @@ from .display import (
     stale,
 )
 from .into import stopping_in_code
-from .journal import Random, value_at
-from .left_behind import close_and_say
+from .journal import HeldForward, Random, value_at
+from .left_behind import close_and_say, say
 from .pointing import pointed_at
 from .predicates import Predicate
 from .recording import Recording
@@ -53,7 +54,7 @@ from .recording import Recording
 class HeldRun(Shown, Trace):
     """A run held by hand; begun by `model.trace(...).start()`."""
 
-    __slots__ = ("__weakref__", "_found", "_recording", "_thread")
+    __slots__ = ("__weakref__", "_cached", "_found", "_recording", "_thread")
 
     _run: Run
 
@@ -62,6 +63,7 @@ class HeldRun(Shown, Trace):
         self._recording = recording
         self._run = run
         self._thread = threading.get_ident()
+        self._cached = False
         self._found = ""
 
     @classmethod
@@ -87,6 +89,7 @@ class HeldRun(Shown, Trace):
             close_and_say(before, "another was started.")
         return self
 
+    @at_the_users_line
     def start(self, keep: bool = True) -> NoReturn:
         """Raise: it has been started."""
         raise RunError(
@@ -106,6 +109,12 @@ class HeldRun(Shown, Trace):
         run = getattr(self, "_run", None)
         if run is not None:
             close_and_say(run, "nothing refers to it any more. Keep it in a variable to go on with it.")
+
+    def cache(self, *arguments: Any, **options: Any) -> Cache:
+        """`Trace.cache`, of what this forward pass comes by from here on: `back_to` and `restart` begin another."""
+        cache = super().cache(*arguments, **options)
+        self._cached = True
+        return cache
 
     # Going on
 
@@ -175,8 +184,6 @@ class HeldRun(Shown, Trace):
         """Run to the end; what the model call returns."""
         self._found = ""
         run = self._here()
-        if run.failed_with or run.cut_short:
-            self._going_on()
         result = run.result
         run.close()
         return result
@@ -185,11 +192,13 @@ class HeldRun(Shown, Trace):
         """Abandon the run; afterwards the model is as it was."""
         self._run.close()
 
+    @at_the_users_line
     def stop(self) -> NoReturn:
         """Raise: there is no block to leave."""
         raise RunError("A run held by hand is in no block that could be left.", "`run.close()` abandons it.")
 
     @property
+    @at_the_users_line
     def result(self) -> Any:
         """What the model call returns; the rest of it runs first."""
         return self.finish()
@@ -208,7 +217,8 @@ class HeldRun(Shown, Trace):
     def _rows(self, at: str = "") -> list[Row]:
         """The modules at and below a path, with what has run."""
         run, shown = self._run, self._tree.memory.aliases.shown
-        return rows_of(self._tree.root, self._recording.journal, run.at, run.step, shown, at)
+        step = run.step - (run.finished and run.step > 0)  # the count goes on at the end of a step
+        return rows_of(self._tree.root, self._recording.journal, run.at, step, shown, at)
 
     def tree(self, envoy: Envoy) -> ModelTree:
         """An envoy and what is in it, with what has run: what a notebook shows of it while the run is held."""
@@ -293,6 +303,9 @@ class HeldRun(Shown, Trace):
         self._run = run = recording.follow(earlier, self._run_of, place)
         self._recording = recording
         self._thread = threading.get_ident()
+        if self._cached:
+            self._cached = False
+            say("The cache of this run has what the forward pass that is closed now came by: declare it again for this one.")
         if held(self._tree.root) is before or not before.open:
             hold(run)
         before.close()
@@ -318,7 +331,7 @@ class HeldRun(Shown, Trace):
         if not run.open or run.failed_with:
             how = f"has ended: its forward pass raised `{run.failed_with}`" if run.failed_with else "was closed"
             how = how if run.failed_with or run.cut_short else "has come to its end"
-            raise RunEndedError(f"This run {how}.", "`run.restart()` begins it again, `run.back_to(...)` goes back to a point.")
+            raise RunEndedError(f"This run {how}.", HeldForward.again)
         self._found = ""
         return run
 

@@ -234,6 +234,7 @@ class HeldForward(Forward):
     __slots__ = ("journal", "left")
 
     by_hand = True
+    again = "`run.restart()` begins it again, `run.back_to(...)` goes back to a point."
     _left: Random | None = None  # where the random numbers were when a held run of any model last paused or ended
 
     def __init__(self, journal: Journal, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
