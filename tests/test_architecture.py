@@ -180,7 +180,14 @@ MAY_IMPORT = {
         "visits",
     },
     "interactive.kept": {"errors", "interactive.held", "interactive.recording", "run", "trace", "tracebacks", "visits"},
-    "interactive.magics": {"errors", "interactive.display", "interactive.held", "interactive.predicates"},
+    "interactive.magics": {
+        "errors",
+        "interactive.display",
+        "interactive.held",
+        "interactive.predicates",
+        "tracebacks",
+        "visits",
+    },
     "demo": {"errors"},
     "__main__": {"demo", "errors", "language", "lens"},
 }

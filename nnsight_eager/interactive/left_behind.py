@@ -14,16 +14,26 @@ from ..paths import spelled
 from ..run import Run
 
 _exiting = threading.Event()
-atexit.register(_exiting.set)  # IPython clears its names at exit, before the interpreter says that it ends
+atexit.register(_exiting.set)
 
 
 def close_and_say(run: Run, why: str) -> None:
     """Close the run and warn at the user's line; at exit, where every run is left behind, neither."""
-    if not run.open or _exiting.is_set() or sys.is_finalizing():
+    if not run.open or _at_exit():
         return
     place = "" if run.at is None else f", paused at `{spelled(run.path_of(run.at.module), run.at.kind)}`,"
     run.close()
     say(f"The run held by hand{place} has been closed: {why}")
+
+
+def _at_exit() -> bool:
+    """Whether the interpreter ends, or IPython, which clears its names while it is still running."""
+    if _exiting.is_set() or sys.is_finalizing():
+        return True
+    frame = user_frame(2) if "IPython" in sys.modules else None
+    while frame is not None and frame.f_code.co_name != "_atexit_once":
+        frame = frame.f_back
+    return frame is not None
 
 
 def say(sentence: str) -> None:
