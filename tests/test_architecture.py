@@ -142,7 +142,7 @@ MAY_IMPORT = {
     "interactive.__init__": set(),
     "interactive.frozen": set(),
     "interactive.predicates": set(),
-    "interactive.into": {"coroutine", "visits"},
+    "interactive.into": {"coroutine", "run", "visits"},
     "interactive.journal": {"interactive.frozen", "nested", "visits"},
     "interactive.display": {"changes", "coroutine", "interactive.journal", "nested", "paths", "shown", "visits"},
     "interactive.recording": {

@@ -11,7 +11,6 @@ run.finish()
 
 import threading
 import weakref
-from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
@@ -43,7 +42,7 @@ from .display import (
     shown_value,
     stale,
 )
-from .into import stopping_in_code
+from .into import walk_into_code
 from .journal import HeldForward, Random, value_at
 from .left_behind import close_and_say, say
 from .pointing import pointed_at
@@ -126,9 +125,7 @@ class HeldRun(Shown, Trace):
         """
         for _ in range(n):
             run = self._going_on()
-            with stopping_in_code(run.at) if into_code and run.at is not None else nullcontext():
-                at = run.walk()
-            if at is None:
+            if (walk_into_code(run, run.at) if into_code and run.at is not None else run.walk()) is None:
                 break
         return self._arrived()
 
