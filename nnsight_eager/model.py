@@ -73,7 +73,7 @@ class NNsight(Envoy):
     @staticmethod
     def _kept(trace: Trace) -> Trace:
         """The trace as one that can be forked."""
-        from .interactive.held import KeptTrace
+        from .interactive.kept import KeptTrace
 
         return KeptTrace(trace)
 

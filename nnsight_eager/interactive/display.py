@@ -86,10 +86,18 @@ def _source_at(frame: FrameType | None, visit: Visit | None) -> list[str]:
         code = getattr(function, "__code__", None)
         if code is None:
             return []
-        file, line, name = code.co_filename, code.co_firstlineno, code.co_qualname
+        file, line, name = code.co_filename, _line_of_def(code), code.co_qualname
     lines = [(number, linecache.getline(file, number)) for number in range(max(1, line - AROUND), line + AROUND + 1)]
     shown = [f"{HERE if number == line else ' '} {number:>5}  {text.rstrip()}" for number, text in lines if text]
     return [f"{_as_imported(file)}:{line} in {name}", *shown]
+
+
+def _line_of_def(code: CodeType) -> int:
+    """Where a function's `def` stands; its first line is that of its first decorator."""
+    first = code.co_firstlineno
+    inside = min((line for *_, line in code.co_lines() if line is not None and line > first), default=first)
+    lines = ((number, linecache.getline(code.co_filename, number)) for number in range(first, inside))
+    return next((number for number, line in lines if line.lstrip().startswith(("def ", "async def "))), first)
 
 
 def _as_imported(file: str) -> str:

@@ -242,14 +242,16 @@ class Journal:
 class HeldForward(Forward):
     """A model call that has its journal written."""
 
-    __slots__ = ("journal",)
+    __slots__ = ("journal", "left")
 
     by_hand = True
+    again = "`run.restart()` begins it again, `run.back_to(...)` goes back to a point."
     _left: Random | None = None  # where the random numbers were when a held run of any model last paused or ended
 
     def __init__(self, journal: Journal, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(function, *args, **kwargs)
         self.journal = journal
+        self.left: Place | None = None
 
     def resume(self) -> Any:
         """Go on until the next pause; before, note what was changed during this one."""
@@ -260,6 +262,7 @@ class HeldForward(Forward):
         self._go_on_with_random_numbers()
         journal.go_on()
         paused, journal.paused = journal.paused, None
+        self.left = None if paused is None else paused.place
         try:
             visit = super().resume()
         except BaseException:
