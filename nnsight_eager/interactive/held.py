@@ -42,7 +42,7 @@ from .display import (
     stale,
 )
 from .into import walk_into_code
-from .journal import HeldForward, Random, value_at
+from .journal import HeldForward, random_numbers_as_they_are, value_at
 from .left_behind import close_and_say, say
 from .pointing import pointed_at
 from .predicates import Predicate
@@ -384,15 +384,15 @@ class HeldRun(Shown, Trace):
 
 def forked(trace: Trace, recording: Recording, at: Visit) -> HeldRun:
     """A run at the place where another is paused."""
-    journal, now = recording.journal, Random.now()
+    journal = recording.journal
     journal.settle()
-    again = recording.again()
-    run = again.follow(recording, partial(Trace._run_of, trace), at.place)
-    changed = journal.changes.get(at.place.key)
-    if changed is not None and run.at is not None:
-        again.change(run, run.at, changed)
-    again.journal.random = now
-    now.put()
+    again, come_next = recording.again(), journal.come_next()
+    with random_numbers_as_they_are():
+        run = again.follow(recording, partial(Trace._run_of, trace), at.place)
+        changed = journal.changes.get(at.place.key)
+        if changed is not None and run.at is not None:
+            again.change(run, run.at, changed)
+    again.journal.random = come_next
     return HeldRun(trace, again, run)
 
 

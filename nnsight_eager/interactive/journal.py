@@ -8,7 +8,8 @@ Another forward pass is led to the same place by it: see `recording`.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -160,6 +161,14 @@ class Journal:
         self._handed: dict[int, Handed] = {}
         self._out: list[tuple[Handed, torch.Tensor, list[int]]] = []
 
+    def come_next(self) -> Random:
+        """The random numbers to go on with: those it was paused with, whatever other held runs have drawn meanwhile.
+
+        Where the user has drawn or seeded, what that has left.
+        """
+        now = Random.now()
+        return self.random if self.random is not None and now.same(HeldForward.left_random) else now
+
     def last_at(self, module: torch.nn.Module, kind: Kind) -> Place | None:
         """The last time the model has come by the module, or is there now."""
         here = None if self.paused is None else self.paused.place
@@ -246,7 +255,7 @@ class HeldForward(Forward):
 
     by_hand = True
     again = "`run.restart()` begins it again, `run.back_to(...)` goes back to a point."
-    _left: Random | None = None  # where the random numbers were when a held run of any model last paused or ended
+    left_random: Random | None = None  # where the random numbers were when a held run of any model last paused or ended
 
     def __init__(self, journal: Journal, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(function, *args, **kwargs)
@@ -269,7 +278,7 @@ class HeldForward(Forward):
             journal.paused = None if self.finished else paused  # a refusal: it is where it was
             raise
         finally:
-            journal.random = HeldForward._left = Random.now()
+            journal.random = HeldForward.left_random = Random.now()
         if visit is not None:
             journal.pause_at(visit)
             if journal.watch not in visit.watchers:  # a part of a module, asked for meanwhile
@@ -277,15 +286,25 @@ class HeldForward(Forward):
         return visit
 
     def _go_on_with_random_numbers(self) -> None:
-        """Those it was paused with, whatever other held runs drew meanwhile; where the user drew or seeded, what that left."""
-        journal, now = self.journal, Random.now()
+        """Put in force what comes next, and note what the user has drawn or seeded meanwhile."""
+        journal = self.journal
+        come_next = journal.come_next()
         if journal.random is None:
-            journal.begun_with = now
-        elif not now.same(journal.random):
-            if now.same(HeldForward._left):
-                journal.random.put()
-            elif journal.paused is not None:
-                journal.drawn[journal.paused.place.key] = now
+            journal.begun_with = come_next
+        elif journal.paused is not None and not come_next.same(journal.random):
+            journal.drawn[journal.paused.place.key] = come_next
+        come_next.put()
+
+
+@contextmanager
+def random_numbers_as_they_are() -> Iterator[None]:
+    """Have the random numbers be afterwards what they are now, whatever held runs draw in this block."""
+    now, left = Random.now(), HeldForward.left_random
+    try:
+        yield
+    finally:
+        now.put()
+        HeldForward.left_random = left
 
 
 def _cuda_in_use() -> bool:
