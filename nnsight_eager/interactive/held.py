@@ -392,7 +392,7 @@ def forked(trace: Trace, recording: Recording, at: Visit) -> HeldRun:
         changed = journal.changes.get(at.place.key)
         if changed is not None and run.at is not None:
             again.change(run, run.at, changed)
-    again.journal.random = come_next
+    again.journal.go_on_with(come_next)
     return HeldRun(trace, again, run)
 
 

@@ -164,10 +164,20 @@ class Journal:
     def come_next(self) -> Random:
         """The random numbers to go on with: those it was paused with, whatever other held runs have drawn meanwhile.
 
-        Where the user has drawn or seeded, what that has left.
+        Where the user has drawn or seeded, what that has left; it belongs to this run from now on.
         """
         now = Random.now()
-        return self.random if self.random is not None and now.same(HeldForward.left_random) else now
+        come_next = self.random if self.random is not None and now.same(HeldForward.left_random) else now
+        self.go_on_with(come_next)
+        return come_next
+
+    def go_on_with(self, random: Random) -> None:
+        """Have these random numbers come next."""
+        if self.random is None:
+            self.begun_with = random
+        elif self.paused is not None and not random.same(self.random):
+            self.drawn[self.paused.place.key] = random
+        self.random = random
 
     def last_at(self, module: torch.nn.Module, kind: Kind) -> Place | None:
         """The last time the model has come by the module, or is there now."""
@@ -268,7 +278,7 @@ class HeldForward(Forward):
             return super().resume()
         journal = self.journal
         journal.settle()
-        self._go_on_with_random_numbers()
+        journal.come_next().put()
         journal.go_on()
         paused, journal.paused = journal.paused, None
         self.left = None if paused is None else paused.place
@@ -284,16 +294,6 @@ class HeldForward(Forward):
             if journal.watch not in visit.watchers:  # a part of a module, asked for meanwhile
                 visit.watchers = (*visit.watchers, journal.watch)
         return visit
-
-    def _go_on_with_random_numbers(self) -> None:
-        """Put in force what comes next, and note what the user has drawn or seeded meanwhile."""
-        journal = self.journal
-        come_next = journal.come_next()
-        if journal.random is None:
-            journal.begun_with = come_next
-        elif journal.paused is not None and not come_next.same(journal.random):
-            journal.drawn[journal.paused.place.key] = come_next
-        come_next.put()
 
 
 @contextmanager
