@@ -18,6 +18,9 @@ from ..nested import described, first_tensor, mapped, small_tensors, tensors
 from ..visits import INPUT, OUTPUT, Forward, Kind, Place, Visit
 from .frozen import BY_REFERENCE, Frozen, frozen
 
+Key = tuple[int, Kind, int, int]
+"""Tells a place: the identity of its module, before or behind its forward, the step and the visit in it."""
+
 
 class Random(NamedTuple):
     """Where torch's random numbers are: of the processor and of each accelerator in use."""
@@ -51,10 +54,16 @@ class Kept(NamedTuple):
     objects: Frozen | None  # what it was given to write into, as it left it
     random: Random
 
-    def has(self, place: Place) -> bool:
+    @property
+    def left(self) -> Key:
+        """The place where the call has ended."""
+        return self.inside[id(self.entered.module)].key
+
+    def has(self, key: Key) -> bool:
         """Whether the call has come by a place; of one that it did not, also where that was before."""
-        last = self.inside.get(id(place.module))
-        return last is not None and last.step == place.step and last.times >= place.times
+        module, _, step, times = key
+        last = self.inside.get(module)
+        return last is not None and last.step == step and last.times >= times
 
 
 class Changed(NamedTuple):
@@ -148,16 +157,16 @@ class Journal:
         """Nothing has. With `keep` what modules give is kept."""
         self.keep = keep
         self.going: list[Going] = []
-        self.kept: dict[tuple[Any, ...], Kept] = {}
+        self.kept: dict[Key, Kept] = {}
         self.last: dict[tuple[int, Kind], Place] = {}
-        self.changes: dict[tuple[Any, ...], Changed] = {}
-        self.drawn: dict[tuple[Any, ...], Random] = {}  # random numbers that were drawn or seeded from outside, by place
+        self.changes: dict[Key, Changed] = {}
+        self.drawn: dict[Key, Random] = {}  # random numbers that were drawn or seeded from outside, by place
         self.begun_with: Random | None = None
         self.random: Random | None = None  # where the random numbers were at the last pause
         self.first: Place | None = None
         self.paused: Paused | None = None
         self.shapes: dict[int, str] = {}  # of what each module has given, as it is shown
-        self.stale: dict[tuple[Any, ...], Stale] = {}
+        self.stale: dict[Key, Stale] = {}
         self._handed: dict[int, Handed] = {}
         self._out: list[tuple[Handed, torch.Tensor, list[int]]] = []
 
@@ -178,6 +187,10 @@ class Journal:
         elif self.paused is not None and not random.same(self.random):
             self.drawn[self.paused.place.key] = random
         self.random = random
+
+    def changes_in(self, kept: Kept) -> "dict[Key, Changed]":
+        """What was changed in a call, its arguments and its value included."""
+        return {key: each for key, each in self.changes.items() if kept.has(key)}
 
     def last_at(self, module: torch.nn.Module, kind: Kind) -> Place | None:
         """The last time the model has come by the module, or is there now."""
@@ -253,7 +266,7 @@ class Journal:
         else:
             self.kept = {each.entered.key: each for each in kept}
 
-    def all_kept(self) -> dict[tuple[Any, ...], Kept]:
+    def all_kept(self) -> dict[Key, Kept]:
         """What is kept, by the place where the call began."""
         return self.kept | {each.entered.key: each for going in self.going for each in going.kept}
 
