@@ -149,9 +149,8 @@ class Branches(NamedTuple):
         return Grid(columns, [*self._texts()], headed=False).lines(width)
 
     def _texts(self) -> Iterator[tuple[str, ...]]:
-        marked = any(row.state for row in self.rows)
         for row, guides in zip(self.rows, self._guides(), strict=True):
-            name = f"{guides}{MARKS[row.state] if marked else ''}{row.name}"
+            name = f"{guides}{self._mark(row, MARKS)}{row.name}"
             yield name, row.kind, row.shape, "paused" if row.state == "paused" else ""
 
     def _guides(self) -> Iterator[str]:
@@ -168,7 +167,7 @@ class Branches(NamedTuple):
         """The tree with its branches folded where there are many, but for those that lead to the paused place."""
         widths = (
             max(2 * row.depth + len(plain(row.name)) for row in self.rows) + 4,
-            min(44, max(len(plain(row.kind)) for row in self.rows)) + 2,
+            min(44 if any(row.shape for row in self.rows) else 80, max(len(plain(row.kind)) for row in self.rows)) + 2,
         )
         return "".join(self._html(0, len(self.rows), widths))
 
@@ -191,13 +190,16 @@ class Branches(NamedTuple):
                 )
             start = below
 
-    @staticmethod
-    def _line(row: Row, widths: tuple[int, int]) -> str:
+    def _mark(self, row: Row, marks: Mapping[str, str]) -> str:
+        """What stands before the name; nothing where no module has run."""
+        return marks[row.state] if any(each.state for each in self.rows) else ""
+
+    def _line(self, row: Row, widths: tuple[int, int]) -> str:
         cut = "display:inline-block;vertical-align:bottom;white-space:pre;overflow:hidden;text-overflow:ellipsis"
         state = "" if row.state == "paused" else row.state
         return (
             '<span style="white-space:nowrap">'
-            + styled(f"{IN_A_NOTEBOOK[row.state]}{row.name}", state, f"{cut};width:{widths[0] - 2 * row.depth}ch")
+            + styled(f"{self._mark(row, IN_A_NOTEBOOK)}{row.name}", state, f"{cut};width:{widths[0] - 2 * row.depth}ch")
             + styled(row.kind, "type", f"{cut};width:{widths[1]}ch")
             + styled(row.shape, "dim", "white-space:pre")
             + "</span>"

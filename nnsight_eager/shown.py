@@ -154,7 +154,7 @@ class Grid(NamedTuple):
 
     def _cell(self, column: Column, word: str, look: str, tag: str = "td") -> str:
         line = "border-bottom:1px solid rgba(128,128,128,.5);font-weight:600;" if tag == "th" else ""
-        space = "pre-wrap" if column.broken or column.least else "pre"
+        space = f"pre-wrap;min-width:{column.least}ch" if column.broken or column.least else "pre"
         side = "right" if column.right else "left"
         return styled(
             word,

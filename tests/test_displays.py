@@ -445,12 +445,12 @@ def test_a_cache_shows_layers_of_which_the_same_was_kept_as_one_line(columns):
     cache = NNsight(Stack()).cache(X4)
     assert repr(cache).splitlines() == [
         "8 modules, 8 visits, 0.0 MB",
-        "module      output",
-        "──────────  ──────────────",
-        "h.0…2.lin   [1, 4] float32",
-        "h.0…2       [1, 4] float32",
-        "head        [1, 4] float32",
-        '""          [1, 4] float32',
+        "module     output",
+        "─────────  ──────────────",
+        "h.0…2.lin  [1, 4] float32",
+        "h.0…2      [1, 4] float32",
+        "head       [1, 4] float32",
+        '""         [1, 4] float32',
     ]
 
 
