@@ -253,8 +253,9 @@ class Cached(Shown):
 
     def __getitem__(self, key: int | str) -> "Cached":
         if isinstance(key, int) and key < 0:
-            below = [path.removeprefix(self._prefix) for path in self._cache._entries if path.startswith(self._prefix)]
-            key = 1 + max(int(each.split(".")[0]) for each in below if each.split(".")[0].isdigit()) + key
+            below = (path.removeprefix(self._prefix) for path in self._cache._entries if path.startswith(self._prefix))
+            last = max((int(name) for path in below if (name := path.split(".")[0]).isdigit()), default=-1)
+            key = last + 1 + key if last + 1 + key >= 0 else key
         return self._below(str(key))
 
     def _below(self, name: str) -> "Cached":

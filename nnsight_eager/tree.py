@@ -13,9 +13,9 @@ import torch
 from .coroutine import without_our_frames
 from .current import current
 from .ears import Memory
-from .errors import EditError, NnsightEagerError, PathError
+from .errors import EditError, NnsightEagerError, PathError, SourceError
 from .outline import Outline, Row, Seen
-from .paths import matching, near, path_in, spelled
+from .paths import matching, near, spelled
 from .points import AtNextVisit, Points
 from .run import Run
 from .source import Source, source_of
@@ -252,27 +252,35 @@ class Envoy(Points):
 
     def _chosen(self, modules: Any) -> dict[str, torch.nn.Module]:
         """The modules that a user names: `None` for all, envoys, modules, paths with `*` for any one name, lists of these."""
+        own = dict(self._module.named_modules(remove_duplicate=False))
         if modules is None:
-            return dict(self._module.named_modules(remove_duplicate=False))
-        if not isinstance(modules, (list, tuple, set)):
-            modules = [modules]
+            return own
         chosen: dict[str, torch.nn.Module] = {}
-        for each in modules:
-            if isinstance(each, Envoy):
-                chosen[each._own_path] = each._module
-            elif isinstance(each, torch.nn.Module):
-                chosen[path_in(self._module, each)] = each
-            else:
-                others = self._tree.memory.aliases.at
-                found = matching(self._module, each, others) or matching(self._module, str(each).removeprefix("model."), others)
-                if not found:
-                    names = (path for path, _ in self._module.named_modules())
-                    raise PathError(
-                        f"`{each}` names no module of `{type(self._module).__name__}`{near(str(each), names)}",
-                        "Give envoys, or paths as in `print(model)`, with `*` for any one name: `transformer.h.*.mlp`.",
-                    )
-                chosen |= found
+        for each in modules if isinstance(modules, (list, tuple, set)) else [modules]:
+            chosen |= self._named(each, own)
         return chosen
+
+    def _named(self, each: Any, own: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+        """Those of its `own` modules that an envoy, a module or a path names."""
+        aliases, kind = self._tree.memory.aliases, type(self._module).__name__
+        if isinstance(each, (Envoy, torch.nn.Module)):
+            module = each._module if isinstance(each, Envoy) else each
+            paths = [path for path, one in own.items() if one is module]
+            if not paths:
+                raise PathError(
+                    f"What was given, a `{type(module).__name__}`, is no module of this `{kind}`.",
+                    "Give envoys of this model, looked up since its modules were last exchanged.",
+                )
+            written = getattr(each, "_own_path", "")
+            return {written if written in paths else paths[0]: module}
+        path = str(each)
+        found = matching(self._module, path, aliases.at) or matching(self._module, path.removeprefix("model."), aliases.at)
+        if not found:
+            raise PathError(
+                f"`{path}` names no module of `{kind}`{near(path, [*own, *map(aliases.shown, own)])}",
+                "Give envoys, or paths as in `print(model)`, with `*` for any one name: `transformer.h.*.mlp`.",
+            )
+        return found
 
     def __len__(self) -> int:
         return len(self._module)  # type: ignore[arg-type]
@@ -312,6 +320,16 @@ class Envoy(Points):
 
 class NextEnvoy(AtNextVisit, Envoy):
     """A module at its next visit after now: what `envoy.next()` gives."""
+
+    @property
+    def source(self) -> Source:
+        """The operations of the visit that was met, as in `for visit in block.visits(): visit.source`."""
+        if self._met is None:
+            raise SourceError(
+                f"`{spelled(self._path, 'source', further=True)}` is of a visit that the run has not come to.",
+                f"Ask the operation for its next visit: `{spelled(self._path, 'source')}.name_0.next().output`.",
+            )
+        return super().source
 
     @classmethod
     def _of(cls, module: torch.nn.Module, path: str, tree: Tree) -> "Envoy":

@@ -87,7 +87,7 @@ MAY_IMPORT = {
         "tree",
         "visits",
     },
-    "scan": {"errors", "folding", "nested", "paths", "run", "shown", "trace", "tree", "visits"},
+    "scan": {"aliases", "errors", "folding", "nested", "paths", "run", "shown", "trace", "tree", "visits"},
     "constants": {"cache", "errors", "nested", "shared", "tree"},
     "model": {
         "aliases",
@@ -100,6 +100,7 @@ MAY_IMPORT = {
         "interactive.held",
         "invokes",
         "paths",
+        "points",
         "run",
         "scan",
         "trace",

@@ -140,6 +140,20 @@ def test_edits_are_in_what_is_stored(gpt2, tmp_path):
     assert plain[0]["transformer.h.1"].any()
 
 
+def test_steering_by_another_vector_is_another_request(gpt2, tmp_path):
+    layer, vector = gpt2.transformer.h[0], torch.arange(32.0)
+    other = vector.clone()
+    other[17] += 1e-3
+    with gpt2.steer(layer, vector, scale=2, positions=[0]):
+        gpt2.extract(TEXTS, ["transformer.h.1"], tmp_path)
+    for changed in ({"vector": other}, {"scale": 3}, {"positions": [1]}, {"vector": vector.double()}):
+        given = {"vector": vector, "scale": 2, "positions": [0]} | changed
+        with gpt2.steer(layer, **given), pytest.raises(ExtractError, match="with other edits"):
+            gpt2.extract(TEXTS, ["transformer.h.1"], tmp_path)
+    with gpt2.steer(layer, vector, scale=2, positions=[0]):
+        gpt2.extract(TEXTS, ["transformer.h.1"], tmp_path)
+
+
 def test_a_value_that_the_model_changes_later_is_stored_as_it_was(tmp_path):
     class Changing(torch.nn.Module):
         def __init__(self):
@@ -407,6 +421,9 @@ def test_a_point_without_a_value_for_each_token_is_refused_by_its_name(tmp_path,
 def test_folders_that_hold_no_activations_are_refused(gpt2, tmp_path):
     with pytest.raises(ExtractError, match="holds no activations"):
         Activations(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExtractError, match="is a file"):
+        gpt2.extract(TEXTS, ["transformer.h.1"], tmp_path / "file")
     (tmp_path / "index.json").write_text("{")
     with pytest.raises(ExtractError, match="is not the index of an extraction"):
         Activations(tmp_path)
