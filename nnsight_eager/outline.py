@@ -176,18 +176,16 @@ class Branches(NamedTuple):
         while start < end:
             row = self.rows[start]
             below = next((n for n in range(start + 1, end) if self.rows[n].depth <= row.depth), end)
-            line = self._line(row, widths)
+            line, style = self._line(row, widths), f"margin-left:2ch;{LOOKS['paused'][1] if row.state == 'paused' else ''}"
             if below == start + 1:
-                yield f'<div style="margin-left:2ch;{LOOKS[row.state][1] if row.state == "paused" else ""}">{line}</div>'
+                yield f'<div style="{style}">{line}</div>'
             else:
-                inside = self.rows[start + 1 : below]
-                opened = len(self.rows) <= MANY or row.depth < 2 or any(each.state == "paused" for each in inside)
-                look = LOOKS[row.state][1] if row.state == "paused" else ""
-                yield (
-                    f'<details{" open" if opened else ""}><summary style="margin-left:2ch;display:list-item;'
-                    f'list-style-position:outside;cursor:pointer;{look}">{line}</summary>'
-                    f'<div style="margin-left:2ch">{"".join(self._html(start + 1, below, widths))}</div></details>'
-                )
+                leads_there = any(each.state == "paused" for each in self.rows[start + 1 : below])
+                opened = " open" if leads_there or row.depth < 2 or len(self.rows) <= MANY else ""
+                folds = f"display:list-item;list-style-position:outside;cursor:pointer;{style}"
+                inside = "".join(self._html(start + 1, below, widths))
+                yield f'<details{opened}><summary style="{folds}">{line}</summary>'
+                yield f'<div style="margin-left:2ch">{inside}</div></details>'
             start = below
 
     def _mark(self, row: Row, marks: Mapping[str, str]) -> str:
