@@ -108,6 +108,9 @@ class Grid(NamedTuple):
             for line in self._row(row, shown, widths, *row[len(self.columns) :]):
                 line.truncate(width, overflow="ellipsis")
                 yield line
+        missing = [column.head for n, column in enumerate(self.columns) if n not in shown]
+        if missing and self.headed:
+            yield from Line(f"too narrow for: {', '.join(missing)}", "dim").lines(width)
 
     def _widths(self, shown: Sequence[int], width: int) -> dict[int, int] | None:
         """How wide each column is, or `None` where they do not fit."""

@@ -454,6 +454,16 @@ def test_a_cache_shows_layers_of_which_the_same_was_kept_as_one_line(columns):
     ]
 
 
+def test_a_table_says_which_columns_it_has_no_room_for(columns):
+    found = NNsight(Stack()).map(X4)
+    columns(50)
+    assert repr(found).splitlines()[0].split() == ["module", "input", "output"]
+    assert repr(found).splitlines()[-1] == "too narrow for: type"
+    columns(80)
+    assert repr(found).splitlines()[0].split() == ["module", "type", "input", "output"]
+    assert "too narrow" not in repr(found)
+
+
 def test_a_place_in_a_cache_shows_each_visit(columns):
     columns(80)
     model = NNsight(Stack())
