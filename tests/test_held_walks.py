@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from nnsight_eager import NNsight
 from nnsight_eager.errors import PointError
 from nnsight_eager.nested import first_tensor, mapped, tensors
+from nnsight_eager.paths import spelled
 
 
 class Block(torch.nn.Module):
@@ -185,6 +186,12 @@ def leaving_out(module, tensor, args):
     return (tensor * 0.25, *args[1:]) if isinstance(module, Block) else tensor * 0.25
 
 
+def as_in_a_receipt(edited):
+    """The point and the step of a place that was edited."""
+    (path, kind, step, _), edits = edited
+    return spelled(path, "skip" if "skip" in edits else kind), step
+
+
 class Walk:
     """A held run, and beside it the edits that are in force."""
 
@@ -290,6 +297,7 @@ def test_a_walk_comes_to_what_plain_hooks_give(one_torch_thread, name, keep, mov
         results = [walk.run.finish() for walk in walks]
     assert [dict(vars(each)) for each in program.module.modules()] == before
     for walk, result in zip(walks, results, strict=True):
+        assert {(each.point, each.step) for each in walk.run.edits} == {*map(as_in_a_receipt, walk.edits.items())}
         _, expected, buffers = plain(twin, walk.edits)
         assert all(map(torch.equal, tensors(result), tensors(expected)))
         assert not isinstance(result, tuple) or result[1] == expected[1]  # the list that the blocks have written into
