@@ -393,3 +393,5 @@ class Run:
             error.add_note(f"The model was running `{spelled(self.path_of(module))}`.")
         for each in self.changes:
             error.add_note(f"Edited before: {each}")
+        if self._forward.by_hand:
+            self.close()  # no block is left that would

@@ -391,7 +391,7 @@ def forked(trace: Trace, recording: Recording, at: Visit) -> HeldRun:
         run = again.follow(recording, partial(Trace._run_of, trace), at.place)
         changed = journal.changes.get(at.place.key)
         if changed is not None and run.at is not None:
-            again.change(run, run.at, changed)
+            again.change(run, run.at, changed, recording)
     again.journal.go_on_with(come_next)
     return HeldRun(trace, again, run)
 

@@ -139,7 +139,11 @@ class Paused:
         versions = _versions(now)
         both = range(0 if rebuilt else len(now))
         replaced = frozenset(n for n in both if now[n] is not self._tensors[n])
-        in_place = frozenset(n for n in both if n not in replaced and versions[n] != self._versions[n])
+        copies = zip(small_tensors(value), self._copies, strict=False)
+        written = {id(each) for each, copy in copies if _is_rewritten(each, copy)}
+        in_place = frozenset(
+            n for n in both if n not in replaced and (versions[n] != self._versions[n] or id(now[n]) in written)
+        )
         if not (rebuilt or replaced or in_place):
             return None
         size = float("inf") if rebuilt else _size(self._copies, [*small_tensors(value)])
@@ -345,7 +349,15 @@ def _size(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    """Whether two tensors hold the same values; a NaN is what another is."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _is_rewritten(tensor: torch.Tensor, copy: torch.Tensor) -> bool:
+    """Whether a tensor was changed in place, where torch keeps no record of that."""
+    return tensor.is_inference() and not _equal(tensor, copy)
 
 
 def objects_of(visit: Visit) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..changes import change
+from ..changes import Change
 from ..errors import RunError
 from ..inside import Part
 from ..nested import mapped, tensors
@@ -70,11 +70,12 @@ class Recording:
         self._weights = Weights(root)
         self._keep = keep
         self.journal = Journal(keep and call.function is root)
+        self.written: list[Change] = []  # by assignment: where the user has written it
 
     def again(self) -> "Recording":
         """The same call, of which nothing has happened yet."""
         again = object.__new__(Recording)
-        again.__dict__.update(vars(self), journal=Journal(self.journal.keep))
+        again.__dict__.update(vars(self), journal=Journal(self.journal.keep), written=[])
         args, kwargs = mapped(self._given, torch.clone)
         again._call = self._call._replace(args=args, kwargs=kwargs)
         return again
@@ -82,6 +83,7 @@ class Recording:
     def run(self, start: Start) -> Run:
         """Begin the call; every module is listened to."""
         run = start(self._call, partial(HeldForward, self.journal))
+        self.written = run.changes
         for module in self._root.modules():
             run.watch(module, self.journal.watch)
         return run
@@ -102,7 +104,7 @@ class Recording:
             while (visit := run.walk()) is not None:
                 if visit.place.key == place.key:
                     return run
-                self._pass(run, visit, then, kept)
+                self._pass(run, visit, earlier, kept)
         except BaseException:
             run.close()
             raise
@@ -112,17 +114,17 @@ class Recording:
             "It does not run as before: something it depends on, beside its input and torch's random numbers, has changed.",
         )
 
-    def _pass(self, run: Run, visit: Visit, then: Journal, kept: dict[Key, Kept]) -> None:
+    def _pass(self, run: Run, visit: Visit, earlier: "Recording", kept: dict[Key, Kept]) -> None:
         """Do at a place what was done there."""
-        key = visit.place.key
-        if key in kept and visit.kind is INPUT and self._passed_over(run, visit, kept[key], then):
+        key, then = visit.place.key, earlier.journal
+        if key in kept and visit.kind is INPUT and self._passed_over(run, visit, kept[key], earlier):
             return
         if key in then.changes:
-            self.change(run, visit, then.changes[key])
+            self.change(run, visit, then.changes[key], earlier)
         if key in then.drawn:
             then.drawn[key].put()
 
-    def _passed_over(self, run: Run, visit: Visit, kept: Kept, earlier: Journal) -> bool:
+    def _passed_over(self, run: Run, visit: Visit, kept: Kept, earlier: "Recording") -> bool:
         """Leave out the module's call and go on with a copy of what it gave; not where somebody waits for a point in it."""
         if not run.pass_over(visit, kept.value.thawed(), kept.inside.values()):
             return False
@@ -131,19 +133,21 @@ class Recording:
         at = run.walk()
         assert at is visit
         journal.going[-1].inside.update(kept.inside)
-        journal.changes |= earlier.changes_in(kept)
-        journal.drawn |= {key: each for key, each in earlier.drawn.items() if kept.has(key)}
         for number, there in kept.inside.items():
-            if number in earlier.shapes:
-                journal.shapes[number] = earlier.shapes[number]
+            if number in earlier.journal.shapes:
+                journal.shapes[number] = earlier.journal.shapes[number]
             journal.last |= {(number, INPUT): there._replace(kind=INPUT), (number, OUTPUT): there}
         for target, source in zip(objects, kept.objects.thawed() if kept.objects is not None else (), strict=True):
             put_into(target, source)
+        for key, changed in earlier.journal.changes_in(kept).items():
+            journal.changes[key] = changed  # it is in what the module gave, and has to be made should it be called once more
+            self._written_before(run, changed.place, earlier)
+        journal.drawn |= {key: each for key, each in earlier.journal.drawn.items() if kept.has(key)}
         kept.random.put()
         return True
 
-    def change(self, run: Run, visit: Visit, changed: Changed) -> None:
-        """Change a value as it was changed before."""
+    def change(self, run: Run, visit: Visit, changed: Changed, earlier: "Recording") -> None:
+        """Change a value as it was changed before, by the line that has done it."""
         value = mapped(changed.value, torch.clone)
         if changed.skipped:
             run.leave_out(visit, value)
@@ -156,7 +160,13 @@ class Recording:
                 now[number].copy_(new[number])
             numbers = iter(range(len(now)))
             self._put(visit, mapped(value_at(visit), lambda each: new[n] if (n := next(numbers)) in changed.replaced else each))
-        run.changes.append(change(spelled(run.path_of(visit.module), visit.kind), visit.step, changed.before, changed.after))
+        self._written_before(run, visit.place, earlier)
+
+    @staticmethod
+    def _written_before(run: Run, place: Place, earlier: "Recording") -> None:
+        """Note which lines have changed the value at a place, as `earlier` has noted it."""
+        points = [spelled(run.path_of(place.module), kind) for kind in (place.kind, "skip")]
+        run.changes += [each for each in earlier.written if each.point in points and each.step == place.step]
 
     @staticmethod
     def _put(visit: Visit, value: Any) -> None:
