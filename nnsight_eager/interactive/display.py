@@ -65,6 +65,11 @@ def _statistics(value: torch.Tensor) -> list[str]:
     return words
 
 
+def _form(shape: torch.Size, dtype: torch.dtype) -> str:
+    """A shape and a type as `described` writes them of a tensor."""
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
+
+
 def _is_fake(value: torch.Tensor) -> bool:
     return type(value).__name__ == "FakeTensor"
 
@@ -99,7 +104,7 @@ def rows_of(
         states |= {id(going.visit.module): "running" for going in journal.going}
     if visit is not None:
         states[id(visit.module)] = "paused"
-    shapes = {} if journal is None else journal.shapes
+    shapes = {} if journal is None else {key: _form(*form) for key, form in journal.forms.items()}
     return [*_rows(root.get_submodule(at), at, 0, states, shapes, other_name)]
 
 

@@ -9,13 +9,17 @@ Another forward pass is led to the same place by it: see `recording`.
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from ..nested import described, first_tensor, is_cache, items, mapped, tensors
 from ..visits import INPUT, OUTPUT, Forward, Kind, Place, Visit
 from .frozen import BY_REFERENCE, Frozen, frozen
+
+
+Key = tuple[int, Kind, int, int]
+"""The key of a `Place`."""
 
 
 class Random(NamedTuple):
@@ -50,10 +54,11 @@ class Kept(NamedTuple):
     objects: Frozen | None  # what it was given to write into, as it left it
     random: Random
 
-    def has(self, place: Place) -> bool:
+    def has(self, key: Key) -> bool:
         """Whether the call has come by a place; of one that it did not, also where that was before."""
-        last = self.inside.get(id(place.module))
-        return last is not None and last.step == place.step and last.times >= place.times
+        module, _, step, times = key
+        last = self.inside.get(module)
+        return last is not None and last.step == step and last.times >= times
 
 
 class Changed(NamedTuple):
@@ -147,16 +152,17 @@ class Journal:
         """Nothing has. With `keep` what modules give is kept."""
         self.keep = keep
         self.going: list[Going] = []
-        self.kept: dict[tuple[Any, ...], Kept] = {}
+        self.kept: dict[Key, Kept] = {}
         self.last: dict[tuple[int, Kind], Place] = {}
-        self.changes: dict[tuple[Any, ...], Changed] = {}
-        self.drawn: dict[tuple[Any, ...], Random] = {}  # random numbers that were drawn or seeded from outside, by place
+        self.changes: dict[Key, Changed] = {}
+        self.drawn: dict[Key, Random] = {}  # random numbers that were drawn or seeded from outside, by place
         self.begun_with: Random | None = None
         self.random: Random | None = None  # where the random numbers were at the last pause
         self.first: Place | None = None
         self.paused: Paused | None = None
-        self.shapes: dict[int, str] = {}  # of what each module has given, as it is shown
-        self.stale: dict[tuple[Any, ...], Stale] = {}
+        self.led = False  # on the way to a place, where nobody looks meanwhile
+        self.forms: dict[int, tuple[torch.Size, torch.dtype]] = {}  # of what each module has given
+        self.stale: dict[Key, Stale] = {}
         self._handed: dict[int, Handed] = {}
         self._out: list[tuple[Handed, torch.Tensor, list[int]]] = []
 
@@ -175,6 +181,16 @@ class Journal:
         for (place, _), tensor, (version,) in self._out:
             if _versions([tensor]) != [version] and not self.paused.shares_memory_with(tensor):
                 self.stale[place.key] = Stale(place, described(tensor))
+
+    def lead(self, begun_with: Random) -> None:
+        """The run is led to a place from here on: what it stops at on the way is not what the user sees."""
+        self.led, self.begun_with = True, begun_with
+
+    def arrive(self, visit: Visit) -> None:
+        """The run has been led to where the user is."""
+        self.led = False
+        self.random = HeldForward._left = Random.now()
+        self.pause_at(visit)
 
     def pause_at(self, visit: Visit) -> None:
         """The run is paused here; the model has gone on from what was read before."""
@@ -200,9 +216,10 @@ class Journal:
         if visit.kind is INPUT:
             self.going.append(Going(visit, place))
             return
-        tensor = first_tensor(visit.value)
+        value = visit.value
+        tensor = value if isinstance(value, torch.Tensor) else first_tensor(value)
         if tensor is not None:
-            self.shapes[id(visit.module)] = described(tensor)
+            self.forms[id(visit.module)] = tensor.shape, tensor.dtype
         going = self.going.pop()
         going.inside[id(visit.module)] = place
         if self.going:
@@ -223,7 +240,7 @@ class Journal:
         else:
             self.kept = {each.entered.key: each for each in kept}
 
-    def all_kept(self) -> dict[tuple[Any, ...], Kept]:
+    def all_kept(self) -> dict[Key, Kept]:
         """What is kept, by the place where the call began."""
         return self.kept | {each.entered.key: each for going in self.going for each in going.kept}
 
@@ -242,10 +259,13 @@ class HeldForward(Forward):
 
     def resume(self) -> Any:
         """Go on until the next pause; before, note what was changed during this one."""
+        journal = self.journal
         if self._closing:
             return super().resume()
-        journal = self.journal
         journal.settle()
+        if journal.led:
+            journal.paused = None
+            return super().resume()
         self._go_on_with_random_numbers()
         journal.go_on()
         paused, journal.paused = journal.paused, None
@@ -317,12 +337,21 @@ def objects_of(visit: Visit) -> list[Any]:
     for value in todo:
         if isinstance(value, tuple):
             todo.extend(value)
-        elif value is not None and not isinstance(value, (torch.Tensor, bool, int, float, complex, str, bytes, *BY_REFERENCE)):
+        elif value is not None and not isinstance(value, WRITTEN_BY_NOBODY):
             found.append(value)
     return found
 
 
+WRITTEN_BY_NOBODY: Final = (torch.Tensor, bool, int, float, complex, str, bytes, *BY_REFERENCE)
+"""What no module can write into, or what is noticed otherwise."""
+
+
 def _aliased(value: Frozen, visit: Visit) -> bool:
     """Whether the output shares memory with an argument: what is done to one is done to the other."""
-    given = {each.untyped_storage()._cdata for each in tensors((visit.args, visit.kwargs))}
-    return any(each.untyped_storage()._cdata in given for each in value.tensors)
+    made = {each.untyped_storage()._cdata for each in value.tensors}
+    # Arguments that are tensors themselves, which is most of them, need not be looked for.
+    return any(
+        each.untyped_storage()._cdata in made
+        for argument in (*visit.args, *visit.kwargs.values())
+        for each in ((argument,) if isinstance(argument, torch.Tensor) else tensors(argument))
+    )

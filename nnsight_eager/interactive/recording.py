@@ -9,13 +9,14 @@ A coroutine cannot be copied, so this is a new forward pass with the same input,
 What had been completed is passed over with what it gave, where that cannot be seen: see `Recording._passed_over`.
 """
 
+import operator
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import torch
 
-from ..changes import change
+from ..changes import Change, change
 from ..errors import RunError
 from ..inside import Part
 from ..nested import mapped, tensors
@@ -23,7 +24,7 @@ from ..paths import spelled
 from ..run import Call, Run
 from ..visits import INPUT, OUTPUT, Forward, Place, Visit
 from .frozen import put_into
-from .journal import Changed, HeldForward, Journal, Kept, objects_of, value_at
+from .journal import Changed, HeldForward, Journal, Kept, Key, Random, objects_of, value_at
 
 Start = Callable[[Call, Callable[..., Forward]], Run]
 """Makes a run of a call, whose coroutine is made by the second argument."""
@@ -33,7 +34,7 @@ class Weights:
     """The state of every module as it was at the start: what a module's call depends on beside its arguments."""
 
     def __init__(self, root: torch.nn.Module) -> None:
-        self._at_start = {id(module): _state(module) for module in root.modules()}
+        self._at_start = [State.of(module) for module in root.modules()]
         # Copies, since some of torch's own functions change a buffer and do not count it as changed.
         self._buffers = [
             (module, name, buffer, buffer.clone())
@@ -45,9 +46,7 @@ class Weights:
     def changed(self) -> set[int]:
         """The modules, by identity, whose own state is not what it was, or that have hooks, which call other code."""
         changed = {id(module) for module, name, buffer, copy in self._buffers if not _holds(module, name, buffer, copy)}
-        for number, (module, state) in self._at_start.items():
-            if module._forward_hooks or module._forward_pre_hooks or not _same(_state(module)[1], state):
-                changed.add(number)
+        changed.update(id(state.module) for state in self._at_start if state.changed())
         return changed
 
     def restore_buffers(self) -> None:
@@ -82,8 +81,11 @@ class Recording:
     def run(self, start: Start) -> Run:
         """Begin the call; every module is listened to."""
         run = start(self._call, partial(HeldForward, self.journal))
-        for module in self._root.modules():
-            run.watch(module, self.journal.watch)
+        watch = self.journal.watch
+        run.watch(self._root, watch)
+        for above in self._root.modules():  # siblings one after another: what is around them is the same
+            for module in above.children():
+                run.watch(module, watch)
         return run
 
     def follow(self, earlier: "Recording", start: Start, place: Place) -> Run:
@@ -93,14 +95,16 @@ class Recording:
         run = self.run(start)
         try:
             then = earlier.journal
-            if then.begun_with is not None:
-                then.begun_with.put()
+            begun_with = then.begun_with or Random.now()
+            begun_with.put()
+            self.journal.lead(begun_with)
             places = (place, *(each.place for each in then.changes.values()))
             for part in {each.module for each in places if isinstance(each.module, Part)}:
                 run.watch(part, self.journal.watch)
             kept = {key: each for key, each in then.all_kept().items() if self._can_be_passed_over(each, place, changed)}
             while (visit := run.walk()) is not None:
                 if visit.place.key == place.key:
+                    self.journal.arrive(visit)
                     return run
                 self._pass(run, visit, then, kept)
         except BaseException:
@@ -112,14 +116,16 @@ class Recording:
             "It does not run as before: something it depends on, beside its input and torch's random numbers, has changed.",
         )
 
-    def _pass(self, run: Run, visit: Visit, then: Journal, kept: dict[tuple[Any, ...], Kept]) -> None:
+    def _pass(self, run: Run, visit: Visit, then: Journal, kept: dict[Key, Kept]) -> None:
         """Do at a place what was done there."""
         key = visit.place.key
         if key in kept and visit.kind is INPUT and self._passed_over(run, visit, kept[key], then):
             return
         if key in then.changes:
+            self.journal.pause_at(visit)
             self.change(run, visit, then.changes[key])
         if key in then.drawn:
+            self.journal.drawn[key] = then.drawn[key]
             then.drawn[key].put()
 
     def _passed_over(self, run: Run, visit: Visit, kept: Kept, earlier: Journal) -> bool:
@@ -127,18 +133,27 @@ class Recording:
         if not run.pass_over(visit, kept.value.thawed(), kept.inside.values()):
             return False
         journal, objects = self.journal, objects_of(visit)
-        journal.paused = None  # not a change of the user's
         at = run.walk()
         assert at is visit
         journal.going[-1].inside.update(kept.inside)
         for number, there in kept.inside.items():
-            if number in earlier.shapes:
-                journal.shapes[number] = earlier.shapes[number]
+            if number in earlier.forms:
+                journal.forms[number] = earlier.forms[number]
             journal.last |= {(number, INPUT): there._replace(kind=INPUT), (number, OUTPUT): there}
         for target, source in zip(objects, kept.objects.thawed() if kept.objects is not None else (), strict=True):
             put_into(target, source)
         kept.random.put()
+        self._note_again(run, kept, earlier)
         return True
+
+    def _note_again(self, run: Run, kept: Kept, earlier: Journal) -> None:
+        """What was changed and drawn in a call that is passed over: this run can be led there too."""
+        journal = self.journal
+        for key, changed in earlier.changes.items():
+            if kept.has(key):
+                journal.changes[key] = changed
+                run.changes.append(_told(run, changed.place, changed))
+        journal.drawn |= {key: random for key, random in earlier.drawn.items() if kept.has(key)}
 
     @staticmethod
     def _can_be_passed_over(kept: Kept, place: Place, changed: set[int]) -> bool:
@@ -147,7 +162,7 @@ class Recording:
         Its value was not changed in place afterwards, and neither it nor what is in it has changed.
         """
         intact = kept.value.intact() and (kept.objects is None or kept.objects.intact())
-        return intact and not kept.has(place) and changed.isdisjoint(map(id, kept.entered.module.modules()))
+        return intact and not kept.has(place.key) and changed.isdisjoint(map(id, kept.entered.module.modules()))
 
     def change(self, run: Run, visit: Visit, changed: Changed) -> None:
         """Change a value as it was changed before."""
@@ -163,7 +178,7 @@ class Recording:
                 now[number].copy_(new[number])
             numbers = iter(range(len(now)))
             self._put(visit, mapped(value_at(visit), lambda each: new[n] if (n := next(numbers)) in changed.replaced else each))
-        run.changes.append(change(spelled(run.path_of(visit.module), visit.kind), visit.step, changed.before, changed.after))
+        run.changes.append(_told(run, visit.place, changed))
 
     @staticmethod
     def _put(visit: Visit, value: Any) -> None:
@@ -174,19 +189,44 @@ class Recording:
             visit.value = value
 
 
-def _state(module: torch.nn.Module) -> tuple[torch.nn.Module, list[Any]]:
-    """A module, and what its call depends on, as references; how often a parameter of its own was changed."""
-    own = vars(module)
-    state = [value for name, value in own.items() if name not in ("forward", "_parameters", "_buffers", "_modules")]
-    for value in own["_parameters"].values():
-        state += (value, None if value is None or value.is_inference() else value._version)
-    return module, [*state, *own["_buffers"].values(), *own["_modules"].values()]
+def _told(run: Run, place: Place, changed: Changed) -> Change:
+    """A change made again, as errors tell of it."""
+    return change(spelled(run.path_of(place.module), place.kind), place.step, changed.before, changed.after)
 
 
-def _same(state: list[Any], before: list[Any]) -> bool:
-    if len(state) != len(before):
-        return False
-    return all(one is other or (type(one) is int and one == other) for one, other in zip(state, before, strict=True))
+class State(NamedTuple):
+    """What a module's call depends on beside its arguments: its attributes, as references, and how often each was changed."""
+
+    module: torch.nn.Module
+    attributes: list[Any]
+    versions: list[int]
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> "State":
+        """What it is now."""
+        own = vars(module)
+        attributes = [value for name, value in own.items() if name not in KEPT_APART]
+        versions = []
+        for value in own["_parameters"].values():
+            attributes.append(value)
+            versions.append(0 if value is None or value.is_inference() else value._version)
+        attributes += own["_buffers"].values()
+        attributes += own["_modules"].values()
+        return cls(module, attributes, versions)
+
+    def changed(self) -> bool:
+        """Whether it is another by now, or the module has hooks, which call other code."""
+        if self.module._forward_hooks or self.module._forward_pre_hooks:
+            return True
+        _, attributes, versions = State.of(self.module)
+        return (
+            versions != self.versions
+            or len(attributes) != len(self.attributes)
+            or not all(map(operator.is_, attributes, self.attributes))
+        )
+
+
+KEPT_APART: Final = frozenset(("forward", "_parameters", "_buffers", "_modules"))
 
 
 def _holds(module: torch.nn.Module, name: str, buffer: torch.Tensor, copy: torch.Tensor) -> bool:
