@@ -1,6 +1,6 @@
 """What things cost, beside plain hooks and the other tools: one script for one question.
 
-python -m benchmarks                        # all of them: tables, `results/*.png`, `results/results.json`
+python -m benchmarks                        # all of them: tables; plots and JSON files in `benchmarks/results`
 python -m benchmarks overhead cache --quick
 python benchmarks/overhead.py               # one of them
 

@@ -19,8 +19,8 @@ from nnsight_eager import LanguageModel, demo
 if PEER == "nnsight":
     import nnsight
 
-CLEAN = "The Eiffel Tower is in the city of"
-CORRUPT = "The Statue of Liberty is in the city of"
+CLEAN = "When Mary and John went to the store, John gave a drink to"
+CORRUPT = "When Mary and John went to the store, Mary gave a drink to"
 
 
 def cases(asked: Asked) -> Iterator[Case]:
@@ -31,8 +31,7 @@ def cases(asked: Asked) -> Iterator[Case]:
     else:
         wrapped = LanguageModel(demo.folder(), dispatch=True)
         model, count = wrapped._module, 6
-        length = 8
-        ids = [wrapped.tokenizer(text, return_tensors="pt")["input_ids"][:, -length:] for text in (CLEAN, CORRUPT)]
+        ids = [wrapped.tokenizer(text, return_tensors="pt")["input_ids"] for text in (CLEAN, CORRUPT)]
     step = len(model.model.layers) // count
     layers = list(range(step // 2, len(model.model.layers), step))
     name = f"{type(model).__name__} of {len(model.model.layers)} layers, {model.config.hidden_size} wide"
