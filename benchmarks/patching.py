@@ -19,8 +19,9 @@ from nnsight_eager import LanguageModel, demo
 if PEER == "nnsight":
     import nnsight
 
-CLEAN = "When Mary and John went to the store, John gave a drink to"
-CORRUPT = "When Mary and John went to the store, Mary gave a drink to"
+CONTEXT = "Then, Mary and John were working at the store. After a while, Mary and John went to the park, and "
+CLEAN, CORRUPT = (f"{CONTEXT}{name} gave a drink to" for name in ("John", "Mary"))
+OPTIONS = {"use_cache": False, "logits_to_keep": 1}  # what every way is called with: only the last token's logits are wanted
 
 
 def cases(asked: Asked) -> Iterator[Case]:
@@ -35,8 +36,9 @@ def cases(asked: Asked) -> Iterator[Case]:
     step = len(model.model.layers) // count
     layers = list(range(step // 2, len(model.model.layers), step))
     name = f"{type(model).__name__} of {len(model.model.layers)} layers, {model.config.hidden_size} wide"
-    title = f"{len(layers)} layers by {ids[0].shape[1]} positions patched one by one, {name}"
-    yield Case(title, ways(model, *ids, layers), asked.rounds(5), twice=False)
+    positions = range(1, ids[0].shape[1], 3)
+    title = f"{len(layers)} layers by {len(positions)} positions patched one by one, {name}, {ids[0].shape[1]} tokens"
+    yield Case(title, ways(model, *ids, layers, positions), asked.rounds(5), twice=False)
 
 
 def tiny() -> Any:
@@ -49,16 +51,15 @@ def tiny() -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def ways(model: Any, clean: torch.Tensor, corrupt: torch.Tensor, layers: list[int]) -> Ways:
+def ways(model: Any, clean: torch.Tensor, corrupt: torch.Tensor, layers: list[int], positions: range) -> Ways:
     """The ways to put the clean run's residual stream into the corrupt one; the last logits `[layer * position, vocabulary]`."""
-    positions = range(clean.shape[1])
     modules = [model.model.layers[number] for number in layers]
     source: dict[int, torch.Tensor] = {}
     handles = [
         module.register_forward_hook(lambda module, args, output, number=number: source.__setitem__(number, output))
         for number, module in zip(layers, modules, strict=True)
     ]
-    model(clean, use_cache=False)
+    model(clean, **OPTIONS)
     for handle in handles:
         handle.remove()
 
@@ -67,7 +68,7 @@ def ways(model: Any, clean: torch.Tensor, corrupt: torch.Tensor, layers: list[in
         for number, module in zip(layers, modules, strict=True):
             for position in positions:
                 handle = module.register_forward_hook(patching(source[number], position))
-                found.append(model(corrupt, use_cache=False).logits[0, -1])
+                found.append(model(corrupt, **OPTIONS).logits[0, -1])
                 handle.remove()
         return torch.stack(found)
 
@@ -78,7 +79,7 @@ def ways(model: Any, clean: torch.Tensor, corrupt: torch.Tensor, layers: list[in
             found = []
             for number in layers:
                 for position in positions:
-                    with peer.trace(input_ids=corrupt, use_cache=False):
+                    with peer.trace(input_ids=corrupt, **OPTIONS):
                         peer.model.layers[number].output[:, position] = source[number][:, position]
                         last = nnsight.save(peer.lm_head.output[0, -1])
                     found.append(last)
@@ -89,11 +90,11 @@ def ways(model: Any, clean: torch.Tensor, corrupt: torch.Tensor, layers: list[in
 
     def forks() -> torch.Tensor:
         found = []
-        with twin.trace(input_ids=corrupt, use_cache=False, keep=True) as tracer:
+        with twin.trace(input_ids=corrupt, **OPTIONS, keep=True) as tracer:
             for number in layers:
                 _ = twin.model.layers[number].output
                 for position in positions:
-                    with tracer.fork() as other:
+                    with tracer.fork(keep=False) as other:
                         other.model.model.layers[number].output[:, position] = source[number][:, position]
                         found.append(other.finish().logits[0, -1])
             tracer.stop()
@@ -103,7 +104,7 @@ def ways(model: Any, clean: torch.Tensor, corrupt: torch.Tensor, layers: list[in
         found = []
         for number in layers:
             for position in positions:
-                with twin.trace(input_ids=corrupt, use_cache=False):
+                with twin.trace(input_ids=corrupt, **OPTIONS):
                     twin.model.layers[number].output[:, position] = source[number][:, position]
                     found.append(twin.lm_head.output[0, -1])
         return torch.stack(found)

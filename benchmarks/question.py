@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -28,7 +29,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import torch
 from plots import plot
 from report import Row, Table, header, in_series, merged, read, write
-from timing import Ways, medians, memory
+from timing import Clock, Ways, medians, memory
 
 PEER = next((each.removeprefix("--peer=") for each in sys.argv if each.startswith("--peer=")), "")
 """The one peer that this process is for, which a script imports at once; "" in the process that measures everything else."""
@@ -48,6 +49,7 @@ class Case(NamedTuple):
     axis: str = ""
     twice: bool = True
     memory: bool = True
+    clock: Clock = time.process_time
 
 
 class Asked(NamedTuple):
@@ -111,7 +113,7 @@ def measured(case: Case) -> Table:
         needs = {}
         for way in case.ways.values():
             way()
-    times = medians(case.ways, case.rounds, case.twice)
+    times = medians(case.ways, case.rounds, case.twice, case.clock)
     rows = [
         Row(name, time, times[baseline], times.get("plain hooks"), needs.get(name), needs.get(baseline), case.at)
         for name, time in times.items()

@@ -248,17 +248,19 @@ class HeldRun(Shown, Trace):
             raise RunError("The call has come by no module, so there is no place to go back to.")
         return self._replay(first)
 
-    def fork(self) -> "HeldRun":
+    def fork(self, keep: bool = True) -> "HeldRun":
         """A second run paused at the same place, with the same changes; its tree is `other.model`.
 
-        other = run.fork()
-        other.model.transformer.h[5].output *= 0
-        run.finish(), other.finish()
+            other = run.fork()
+            other.model.transformer.h[5].output *= 0
+            run.finish(), other.finish()
+
+        One that is only run to its end need not keep what its modules give: `run.fork(keep=False)`.
         """
         at = self._going_on().at
         if at is None:
             raise RunError("The run is paused between two steps, where it cannot be forked.", "Go on with `run.step()`.")
-        return forked(self, self._recording, at)
+        return forked(self, self._recording, at, keep)
 
     def _replay(self, place: Place) -> "HeldRun":
         """Be paused at `place`, on a new forward pass."""
@@ -360,26 +362,28 @@ class KeptTrace(Trace):
         self._recording = Recording(self._tree.root, call, keep=True)
         return self._recording.run(super()._run_of)
 
-    def fork(self) -> HeldRun:
+    def fork(self, keep: bool = True) -> HeldRun:
         """A second run, held by hand, paused at the same place with the same changes: `other.model` is its tree.
 
-        with model.trace("The Eiffel Tower is in", keep=True) as tracer:
-            model.transformer.h[5].output
-            other = tracer.fork()
-            other.model.transformer.h[5].output *= 0
-            ablated = other.finish().logits
+            with model.trace("The Eiffel Tower is in", keep=True) as tracer:
+                model.transformer.h[5].output
+                other = tracer.fork()
+                other.model.transformer.h[5].output *= 0
+                ablated = other.finish().logits
+
+        One that is only run to its end need not keep what its modules give: `tracer.fork(keep=False)`, as in a sweep.
         """
         at = self._opened().at
         if self._recording is None or at is None:
             raise RunError("The run is paused at no point, where it could be forked.", "Read a point first.")
-        return forked(self, self._recording, at)
+        return forked(self, self._recording, at, keep)
 
 
-def forked(trace: Trace, recording: Recording, at: Visit) -> HeldRun:
+def forked(trace: Trace, recording: Recording, at: Visit, keep: bool) -> HeldRun:
     """A run at the place where another is paused."""
     journal, now = recording.journal, Random.now()
     journal.settle()
-    again = recording.again()
+    again = recording.again(keep)
     run = again.follow(recording, partial(Trace._run_of, trace), at.place)
     changed = journal.changes.get(at.place.key)
     if changed is not None and run.at is not None:

@@ -30,11 +30,11 @@ class Random(NamedTuple):
     @classmethod
     def now(cls) -> "Random":
         """Where they are now."""
-        return cls([torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if _cuda_in_use() else ())])
+        return cls([torch.default_generator.get_state(), *(torch.cuda.get_rng_state_all() if _cuda_in_use() else ())])
 
     def put(self) -> None:
         """Have them go on from here."""
-        torch.set_rng_state(self.states[0])
+        torch.default_generator.set_state(self.states[0])
         if len(self.states) > 1:
             torch.cuda.set_rng_state_all(self.states[1:])
 

@@ -12,7 +12,7 @@ What had been completed is passed over with what it gave, where that cannot be s
 import operator
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -70,10 +70,10 @@ class Recording:
         self._keep = keep
         self.journal = Journal(keep and call.function is root)
 
-    def again(self) -> "Recording":
-        """The same call, of which nothing has happened yet."""
+    def again(self, keep: bool = True) -> "Recording":
+        """The same call, of which nothing has happened yet; it keeps what this one does, or nothing."""
         again = object.__new__(Recording)
-        again.__dict__.update(vars(self), journal=Journal(self.journal.keep))
+        again.__dict__.update(vars(self), journal=Journal(keep and self.journal.keep))
         args, kwargs = mapped(self._given, torch.clone)
         again._call = self._call._replace(args=args, kwargs=kwargs)
         return again
@@ -162,7 +162,8 @@ class Recording:
         Its value was not changed in place afterwards, and neither it nor what is in it has changed.
         """
         intact = kept.value.intact() and (kept.objects is None or kept.objects.intact())
-        return intact and not kept.has(place.key) and changed.isdisjoint(map(id, kept.entered.module.modules()))
+        same = not changed or changed.isdisjoint(map(id, kept.entered.module.modules()))
+        return intact and same and not kept.has(place.key)
 
     def change(self, run: Run, visit: Visit, changed: Changed) -> None:
         """Change a value as it was changed before."""
@@ -205,13 +206,13 @@ class State(NamedTuple):
     def of(cls, module: torch.nn.Module) -> "State":
         """What it is now."""
         own = vars(module)
-        attributes = [value for name, value in own.items() if name not in KEPT_APART]
-        versions = []
-        for value in own["_parameters"].values():
-            attributes.append(value)
-            versions.append(0 if value is None or value.is_inference() else value._version)
-        attributes += own["_buffers"].values()
-        attributes += own["_modules"].values()
+        attributes = [*own.values()]
+        if "forward" in own:  # a tap's
+            del attributes[[*own].index("forward")]
+        for within in ("_parameters", "_buffers", "_modules"):
+            attributes += own[within].values()
+        parameters = own["_parameters"].values()
+        versions = [0 if each is None or each.is_inference() else each._version for each in parameters]
         return cls(module, attributes, versions)
 
     def changed(self) -> bool:
@@ -224,9 +225,6 @@ class State(NamedTuple):
             or len(attributes) != len(self.attributes)
             or not all(map(operator.is_, attributes, self.attributes))
         )
-
-
-KEPT_APART: Final = frozenset(("forward", "_parameters", "_buffers", "_modules"))
 
 
 def _holds(module: torch.nn.Module, name: str, buffer: torch.Tensor, copy: torch.Tensor) -> bool:
