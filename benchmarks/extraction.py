@@ -8,7 +8,7 @@ safetensors file. nnsight's row is the usual recipe: a trace for each batch, and
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any

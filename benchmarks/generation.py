@@ -3,7 +3,7 @@
 python benchmarks/generation.py [--quick]
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch

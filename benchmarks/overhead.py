@@ -54,7 +54,9 @@ def growing(asked: Asked, modules: int) -> Iterator[Case]:
     """How costs grow with the model."""
     model, inputs = mlp(modules, 4), {"input": torch.randn(1, 4)}
     rounds = asked.rounds(max(10, 20_000 // modules))
-    yield Case("Read the last layer of as many", reading(asked, model, [model[-1]], inputs), rounds, modules, "layers", memory=False)
+    yield Case(
+        "Read the last layer of as many", reading(asked, model, [model[-1]], inputs), rounds, modules, "layers", memory=False
+    )
     yield Case("Read every layer", reading(asked, model, list(model), inputs), rounds, modules, "layers", memory=False)
 
 
@@ -181,7 +183,6 @@ def operations(asked: Asked, model: Any, inputs: dict[str, Any]) -> Ways:
             return [envoy.attn.source.attention_interface_1.output for envoy in ours_at]
 
     return ways | {"nnsight_eager": ours}
-
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def tiny() -> Any:
 
 
 def ways(model: Any, clean: torch.Tensor, corrupt: torch.Tensor, layers: list[int], positions: range) -> Ways:
-    """The ways to put the clean run's residual stream into the corrupt one; the last logits `[layer * position, vocabulary]`."""
+    """The ways to put the clean run's residual stream into the corrupt one; what follows, `[layer * position, vocabulary]`."""
     modules = [model.model.layers[number] for number in layers]
     source: dict[int, torch.Tensor] = {}
     handles = [

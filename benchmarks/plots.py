@@ -15,7 +15,9 @@ def plot(tables: list[Table], path: Path) -> None:
     except ImportError:
         print("No picture is drawn: matplotlib is not installed (pip install -e '.[bench]').")
         return
-    figure = Figure(figsize=(8, 1 + sum(3 if table.axis else 0.6 + 0.3 * len(table.rows) for table in tables)), layout="constrained")
+    figure = Figure(
+        figsize=(8, 1 + sum(3 if table.axis else 0.6 + 0.3 * len(table.rows) for table in tables)), layout="constrained"
+    )
     heights = [3 if table.axis else 0.6 + 0.3 * len(table.rows) for table in tables]
     panels = figure.subplots(len(tables), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for table, panel in zip(tables, panels, strict=True):
@@ -38,7 +40,9 @@ def _lines(table: Table, panel: Any) -> None:
     """What each way adds, over the axis."""
     for way in table.ways[1:]:
         rows = [row for row in table.rows if row.way == way]
-        panel.plot([row.at for row in rows], [1e3 * max(row.added, 1e-7) for row in rows], marker=".", label=way, color=_colour(way))
+        panel.plot(
+            [row.at for row in rows], [1e3 * max(row.added, 1e-7) for row in rows], marker=".", label=way, color=_colour(way)
+        )
     panel.set(xscale="log", yscale="log")
     panel.set_xlabel(table.axis, fontsize=8)
     panel.set_ylabel("added, ms", fontsize=8)

@@ -111,7 +111,8 @@ def duration(seconds: float) -> str:
 
 def header() -> str:
     """The machine and the versions, in one line."""
-    return f"{platform.machine()}, Python {platform.python_version()}, 1 thread, time of the processor; {', '.join(map(installed, PACKAGES))}"
+    packages = ", ".join(map(installed, PACKAGES))
+    return f"{platform.machine()}, Python {platform.python_version()}, 1 thread, time of the processor; {packages}"
 
 
 def installed(name: str) -> str:

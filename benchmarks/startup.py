@@ -33,7 +33,13 @@ def cases(asked: Asked) -> Iterator[Case]:
     modules = 100 if asked.quick else 10_000
     model, x = mlp(modules, 4), torch.randn(1, 4)
     yield Case(f"Wrap a model of {modules:,} modules", wrapping(model), asked.rounds(20), twice=False, memory=False)
-    yield Case(f"Wrap it and read one output in the first trace, {modules:,} modules", first(model, x), asked.rounds(5), twice=False, memory=False)
+    yield Case(
+        f"Wrap it and read one output in the first trace, {modules:,} modules",
+        first(model, x),
+        asked.rounds(5),
+        twice=False,
+        memory=False,
+    )
 
 
 def importing(name: str, before: str) -> Way:

@@ -40,7 +40,9 @@ def ways(model: Any, ids: torch.Tensor) -> Ways:
     def hooked() -> int:
         seen = []
         handles = [module.register_forward_pre_hook(lambda module, args: seen.append(module)) for module in model.modules()]
-        handles += [module.register_forward_hook(lambda module, args, output: seen.append(module)) for module in model.modules()]
+        handles += [
+            module.register_forward_hook(lambda module, args, output: seen.append(module)) for module in model.modules()
+        ]
         bare()
         for handle in handles:
             handle.remove()

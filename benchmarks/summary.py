@@ -78,4 +78,4 @@ def bars(found: Found) -> str:
 
 def _cell(row: Row | None) -> str:
     """What is added, and the ratio of whole times."""
-    return "" if row is None else f"{duration(row.added)} ({row.ratio:.2f} ×)"
+    return "" if row is None else f"{duration(row.added)} ({row.ratio:.2f} x)"

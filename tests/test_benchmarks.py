@@ -74,6 +74,6 @@ def test_the_readme_has_the_bars_and_the_costs(shared):
     theirs = row("nnsight", 11e-6, 3e-6)  # in a process of its own, where the baseline takes longer
     rows = [row("bare", 1e-6, 1e-6), row("plain hooks", 2e-6, 1e-6), row("nnsight_eager", 3e-6, 1e-6), theirs]
     shown = summary({"overhead": [Table("Read 12 layers, an MLP", "", 5, rows)]})
-    assert "| Read 12 layers, an MLP | 1.0 µs | 1.0 µs (2.00 ×) | 2.0 µs (3.00 ×) | 8.0 µs (3.67 ×) |  |" in shown
+    assert "| Read 12 layers, an MLP | 1.0 µs | 1.0 µs (2.00 x) | 2.0 µs (3.00 x) | 8.0 µs (3.67 x) |  |" in shown
     assert "| Read 12 layers, an MLP | plain hooks, added time | 2.000 | ≤ 0.8 |" in shown
     assert "| Read 12 layers, an MLP | nnsight, added time | 0.250 | ≤ 0.2 |" in shown

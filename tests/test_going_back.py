@@ -102,4 +102,5 @@ def test_a_fork_that_keeps_nothing_holds_nothing_of_what_it_computes(model):
         nothing.to("2")
         assert kept._recording.journal.all_kept()
         assert not nothing._recording.journal.all_kept()
-        tracer.stop()
+        kept.close()
+        nothing.close()
