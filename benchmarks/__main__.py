@@ -25,7 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(NAMES)}; all of them where none is named")
     parser.add_argument("--quick", action="store_true", help="small models and one round: whether it runs, in seconds")
-    parser.add_argument("--rounds", type=int, help="rounds of every case, instead of what each needs")
+    parser.add_argument("--rounds", type=int, help="at most so many rounds of each case")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="the folder for the plots and the JSON files")
     parser.add_argument("--markdown", action="store_true", help="print the tables of the README")
     parser.add_argument("--shown", action="store_true", help="measure nothing, and take what is in the folder")

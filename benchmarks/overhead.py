@@ -53,7 +53,7 @@ def on_an_mlp(asked: Asked) -> Iterator[Case]:
 def growing(asked: Asked, modules: int) -> Iterator[Case]:
     """How costs grow with the model."""
     model, inputs = mlp(modules, 4), {"input": torch.randn(1, 4)}
-    rounds = asked.rounds(max(10, 20_000 // modules))
+    rounds = asked.rounds(max(3, 5000 // modules))
     yield Case(
         "Read the last layer of as many", reading(asked, model, [model[-1]], inputs), rounds, modules, "layers", memory=False
     )

@@ -56,11 +56,11 @@ class Asked(NamedTuple):
     """What this process is to measure."""
 
     quick: bool
-    rounds_of_all: int | None
+    at_most: int | None
 
     def rounds(self, number: int) -> int:
         """How many rounds to take, where `number` give a steady median."""
-        return self.rounds_of_all or (1 if self.quick else number)
+        return 1 if self.quick else min(number, self.at_most or number)
 
     def has(self, peer: str) -> bool:
         """Whether a peer that shares the process of everything else is measured here."""
@@ -98,7 +98,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small models and one round: whether it runs, in seconds")
-    parser.add_argument("--rounds", type=int, help="rounds of every case, instead of what each needs")
+    parser.add_argument("--rounds", type=int, help="at most so many rounds of each case")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the plot and the JSON file")
     parser.add_argument("--peer", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
