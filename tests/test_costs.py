@@ -98,3 +98,18 @@ def test_traces_within_each_other_use_the_same_stacks_again(model):
                 _ = model[1].output
         stacks.append({id(stack) for stack in met})
     assert stacks == stacks[:1] * 3
+
+
+def test_the_first_trace_goes_over_the_model_a_few_times_and_not_once_for_each_module(monkeypatch):
+    module = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(50)])
+    passes, named_modules = [], torch.nn.Module.named_modules
+
+    def counted(self, *args, **kwargs):
+        if self is module:
+            passes.append(1)
+        return named_modules(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    with NNsight(module).trace(X):
+        pass
+    assert len(passes) < 10
