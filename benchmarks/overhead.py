@@ -89,7 +89,8 @@ def reading(asked: Asked, model: torch.nn.Module, modules: list[torch.nn.Module]
     """The outputs of these modules."""
     bare = called(model, inputs)
     ways: Ways = {"bare": bare, "plain hooks": lambda: with_hooks(modules, bare)}
-    paths = [path for module in modules for path, each in model.named_modules() if each is module]
+    names = {id(module): path for path, module in model.named_modules()}
+    paths = [names[id(module)] for module in modules]
     if PEER:
         peer = nnsight.NNsight(model)
         envoys = [peer.get(path) for path in paths]
