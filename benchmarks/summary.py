@@ -3,7 +3,7 @@
 print(summary({"overhead": read(folder / "overhead.json"), ...}))
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from report import Row, Table, duration, header, markdown
@@ -21,15 +21,12 @@ class Bar(NamedTuple):
     most: float
     added: bool  # of added times, each over its own baseline, and not of whole times
 
-    def reached(self, found: Found) -> float | None:
-        """The ratio that was measured; of the largest model, where there are several."""
-        for table in reversed(found.get(self.question, [])):
+    def reached(self, found: Found) -> Iterator[tuple[str, float]]:
+        """The ratios that were measured, each way beside its own baseline."""
+        for table in found.get(self.question, []):
             ours, theirs = table.row(self.ours), table.row(self.theirs)
             if table.title.startswith(self.work) and ours is not None and theirs is not None:
-                if self.theirs == "bare" or not self.added:
-                    return ours.seconds / theirs.seconds
-                return ours.added / theirs.added
-        return None
+                yield table.title, ours.added / theirs.added if self.added else ours.ratio / theirs.ratio
 
 
 BARS = (
@@ -68,11 +65,8 @@ def bars(found: Found) -> str:
     """What had to be reached, and what was."""
     lines = [["work", "against", "measured", "to be reached"]]
     for bar in BARS:
-        reached = bar.reached(found)
-        if reached is not None:
-            kind = "added time" if bar.added else "time"
-            title = next(table.title for table in found[bar.question][::-1] if table.title.startswith(bar.work))
-            lines.append([title, f"{bar.theirs}, {kind}", f"{reached:.3f}", f"≤ {bar.most}"])
+        for title, reached in bar.reached(found):
+            lines.append([title, f"{bar.theirs}, {'added time' if bar.added else 'time'}", f"{reached:.3f}", f"≤ {bar.most}"])
     return markdown(lines)
 
 
