@@ -93,8 +93,8 @@ class Cache(Shown):
         """
         inputs: list[Any] = []
 
-        def watch(visit: Visit) -> None:
-            with contextlib.nullcontext() if named else contextlib.suppress(RowsError):
+        def watch_unnamed(visit: Visit) -> None:
+            with contextlib.suppress(RowsError):
                 keep_visit(visit)
 
         def keep_visit(visit: Visit) -> None:
@@ -106,7 +106,7 @@ class Cache(Shown):
             entry = Entry(visit.step, output, inputs.pop() if inputs else None)
             self._entries.setdefault(path, []).append(entry)
 
-        return watch
+        return keep_visit if named else watch_unnamed
 
     @property
     def nbytes(self) -> int:
@@ -233,7 +233,8 @@ class Cached(Shown):
 
     def _is_there(self) -> bool:
         """Whether the cache has something of this module or of one below it."""
-        return any(path == self._path or path.startswith(self._prefix) for path in self._cache._entries)
+        entries = self._cache._entries
+        return self._path in entries or any(path.startswith(self._prefix) for path in entries)
 
     def _checked(self) -> "Cached":
         if not self._is_there():

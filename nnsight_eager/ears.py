@@ -142,6 +142,8 @@ class Ears:
         put_up(visit, self._stack)
         if isinstance(module, Part):
             self.of_part(module).hear(module, visit)
+        if self.learning:
+            return visit  # every module listens
         around = self.order.around.get(id(module))
         if around is None:
             self._listen_at(modules_above(self._root, module))

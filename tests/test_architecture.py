@@ -113,6 +113,7 @@ MAY_IMPORT = {
     "loading": {"errors"},
     "activations": {"errors", "paths"},
     "dataset": {"errors"},
+    "shard": {"activations", "errors"},
     "plot": {"errors", "language"},
     "progress": set(),
     "extraction": {
@@ -124,6 +125,7 @@ MAY_IMPORT = {
         "nested",
         "paths",
         "progress",
+        "shard",
         "visits",
     },
     "language": {

@@ -282,17 +282,17 @@ class HeldRun(Shown, Trace):
         return self._replay(first)
 
     @at_the_users_line
-    def fork(self) -> "HeldRun":
+    def fork(self, keep: bool = True) -> "HeldRun":
         """A second run paused at the same place, with the same changes; its tree is `other.model`.
 
-        other = run.fork()
+        other = run.fork()                   # `keep=False` for one that is only run to its end
         other.model.transformer.h[5].output *= 0
         run.finish(), other.finish()
         """
         at = self._going_on().at
         if at is None:
             raise RunError("The run is paused between two steps, where it cannot be forked.", "Go on with `run.step()`.")
-        return forked(self, self._recording, at)
+        return forked(self, self._recording, at, keep)
 
     def _replay(self, place: Place) -> "HeldRun":
         """Be paused at `place`, on a new forward pass."""
@@ -382,11 +382,11 @@ class HeldRun(Shown, Trace):
             yield Line(f"  {self._found}")
 
 
-def forked(trace: Trace, recording: Recording, at: Visit) -> HeldRun:
+def forked(trace: Trace, recording: Recording, at: Visit, keep: bool) -> HeldRun:
     """A run at the place where another is paused."""
     journal = recording.journal
     journal.settle()
-    again, come_next = recording.again(), journal.come_next()
+    again, come_next = recording.again(keep), journal.come_next()
     with random_numbers_as_they_are():
         run = again.follow(recording, partial(Trace._run_of, trace), at.place)
         changed = journal.changes.get(at.place.key)

@@ -10,7 +10,7 @@ Another forward pass is led to the same place by it: see `recording`.
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -30,11 +30,11 @@ class Random(NamedTuple):
     @classmethod
     def now(cls) -> "Random":
         """Where they are now."""
-        return cls([torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if _cuda_in_use() else ())])
+        return cls([torch.default_generator.get_state(), *(torch.cuda.get_rng_state_all() if _cuda_in_use() else ())])
 
     def put(self) -> None:
         """Have them go on from here."""
-        torch.set_rng_state(self.states[0])
+        torch.default_generator.set_state(self.states[0])
         if len(self.states) > 1:
             torch.cuda.set_rng_state_all(self.states[1:])
 
@@ -169,7 +169,8 @@ class Journal:
         self.random: Random | None = None  # where the random numbers were at the last pause
         self.first: Place | None = None
         self.paused: Paused | None = None
-        self.shapes: dict[int, str] = {}  # of what each module has given, as it is shown
+        self.led = False  # on the way to a place, where nobody looks meanwhile
+        self.forms: dict[int, tuple[torch.Size, torch.dtype]] = {}  # of what each module has given
         self.stale: dict[Key, Stale] = {}
         self._handed: dict[int, Handed] = {}
         self._out: list[tuple[Handed, torch.Tensor, list[int]]] = []
@@ -206,11 +207,12 @@ class Journal:
         step = at.step if at is not None else max((place.step for place in self.last.values()), default=0)
         states = {key: "ran" for (key, kind), place in self.last.items() if kind is OUTPUT and place.step == step}
         states |= {id(going.visit.module): "running" for going in self.going}
+        shapes = {key: form_of(*form) for key, form in self.forms.items()}
         if at is None:
-            return states, self.shapes
+            return states, shapes
         now = first_tensor(at.value) if at.kind is OUTPUT else None
         shape = {} if now is None else {id(at.module): described(now)}
-        return states | {id(at.module): "paused"}, self.shapes | shape
+        return states | {id(at.module): "paused"}, shapes | shape
 
     def settle(self) -> None:
         """Note what has been changed where the run is paused."""
@@ -222,6 +224,16 @@ class Journal:
         for (place, _), tensor, (version,) in self._out:
             if _versions([tensor]) != [version] and not self.paused.shares_memory_with(tensor):
                 self.stale[place.key] = Stale(place, described(tensor))
+
+    def lead(self, begun_with: Random) -> None:
+        """The run is led to a place from here on: what it stops at on the way is not what the user sees."""
+        self.led, self.begun_with = True, begun_with
+
+    def arrive(self, visit: Visit) -> None:
+        """The run has been led to where the user is."""
+        self.led = False
+        self.random = HeldForward.left_random = Random.now()
+        self.pause_at(visit)
 
     def pause_at(self, visit: Visit) -> None:
         """The run is paused here; the model has gone on from what was read before."""
@@ -247,9 +259,10 @@ class Journal:
         if visit.kind is INPUT:
             self.going.append(Going(visit, place))
             return
-        tensor = first_tensor(visit.value)
+        value = visit.value
+        tensor = value if isinstance(value, torch.Tensor) else first_tensor(value)
         if tensor is not None:
-            self.shapes[id(visit.module)] = described(tensor)
+            self.forms[id(visit.module)] = tensor.shape, tensor.dtype
         going = self.going.pop()
         going.inside[id(visit.module)] = place
         if self.going:
@@ -291,10 +304,13 @@ class HeldForward(Forward):
 
     def resume(self) -> Any:
         """Go on until the next pause; before, note what was changed during this one."""
+        journal = self.journal
         if self._closing:
             return super().resume()
-        journal = self.journal
         journal.settle()
+        if journal.led:
+            self.left = journal.paused = None
+            return super().resume()
         journal.come_next().put()
         journal.go_on()
         paused, journal.paused = journal.paused, None
@@ -326,6 +342,11 @@ def random_numbers_as_they_are() -> Iterator[None]:
 
 def _cuda_in_use() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def form_of(shape: torch.Size, dtype: torch.dtype) -> str:
+    """A shape and a type as `described` writes them of a tensor."""
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
 def value_at(visit: Visit) -> Any:
@@ -366,12 +387,21 @@ def objects_of(visit: Visit) -> list[Any]:
     for value in todo:
         if isinstance(value, tuple):
             todo.extend(value)
-        elif value is not None and not isinstance(value, (torch.Tensor, bool, int, float, complex, str, bytes, *BY_REFERENCE)):
+        elif value is not None and not isinstance(value, WRITTEN_BY_NOBODY):
             found.append(value)
     return found
 
 
+WRITTEN_BY_NOBODY: Final = (torch.Tensor, bool, int, float, complex, str, bytes, *BY_REFERENCE)
+"""What no module can write into, or what is noticed otherwise."""
+
+
 def _aliased(value: Frozen, visit: Visit) -> bool:
     """Whether the output shares memory with an argument: what is done to one is done to the other."""
-    given = {each.untyped_storage()._cdata for each in tensors((visit.args, visit.kwargs))}
-    return any(each.untyped_storage()._cdata in given for each in value.tensors)
+    made = {each.untyped_storage()._cdata for each in value.tensors}
+    # Arguments that are tensors themselves, which is most of them, need not be looked for.
+    return any(
+        each.untyped_storage()._cdata in made
+        for argument in (*visit.args, *visit.kwargs.values())
+        for each in ((argument,) if isinstance(argument, torch.Tensor) else tensors(argument))
+    )
