@@ -32,6 +32,11 @@ class Miss(NamedTuple):
         return spelled(self.path, self.kind)
 
     @property
+    def asked_further(self) -> str:
+        """The same point at its next visit."""
+        return spelled(self.path, self.kind, further=True)
+
+    @property
     def ended(self) -> str:
         """What has ended."""
         return "the model has finished" if self.finished else f"step {self.step} has ended"
@@ -51,7 +56,7 @@ class Miss(NamedTuple):
         return self._error(
             OutOfOrderError,
             f"`{self.asked}` has already run in this step (step {self.step}){where}.",
-            f"{self.earlier}; for a later visit of it write `{spelled(self.path)}.next().{self.kind}`.",
+            f"{self.earlier}; for a later visit of it write `{self.asked_further}`.",
         )
 
     def too_late(self, owner: str) -> PointError:
@@ -74,7 +79,7 @@ class Miss(NamedTuple):
         """There is no next visit."""
         return self._error(
             NotReachedError,
-            f"`{spelled(self.path)}.next().{self.kind}` does not come: {self.ended} without a further visit.",
+            f"`{self.asked_further}` does not come: {self.ended} without a further visit.",
             "Ask for as many visits as there are; `tracer.iter[:]` loops until the model ends.",
         )
 

@@ -19,10 +19,10 @@ from .backward import edge_of, here
 from .coroutine import without_our_frames
 from .errors import ChangedInPlaceError, EditError, NotReachedError, OutOfOrderError
 from .nested import described, first_tensor, with_first_tensor
-from .paths import spelled
+from .paths import PATTERN, spelled
 from .run import Run
 from .tracebacks import at_the_users_line
-from .visits import INPUT, NEXT, NEXT_IN_STEP, OUTPUT, Kind, Visit, Which
+from .visits import FIRST, INPUT, NEXT, NEXT_IN_STEP, OUTPUT, Kind, Visit, Which
 
 
 class Points:
@@ -135,11 +135,11 @@ class Points:
         visit, path = self._at_pattern()
         self._run().replace(visit, value, path)
 
-    def _at_pattern(self) -> tuple[Visit, str]:
+    def _at_pattern(self, which: Which = FIRST) -> tuple[Visit, str]:
         """The visit to the part that computes the pattern, and its path."""
-        run, path = self._run(), f"{self._path}.pattern"
-        pattern = run.part((id(self._module), "pattern"), lambda: pattern_of(self._module, self._path))
-        return run.ask(pattern, OUTPUT, path), path
+        run, path = self._run(), f"{self._path}.{PATTERN}"
+        pattern = run.part((id(self._module), PATTERN), lambda: pattern_of(self._module, self._path))
+        return run.ask(pattern, OUTPUT, path, which), path
 
     @property
     @at_the_users_line
@@ -250,13 +250,35 @@ class AtNextVisit(Points):
         if met is None:
             return self._go_on(run, kind)
         visit = met[0]
-        if visit.going_on and (visit, visit.step, visit.times) == met:
+        if self._goes_on():
             if visit is run.at and (visit.kind is kind or kind is INPUT):
                 return run.ask(self._module, kind, self._path)
             if kind is OUTPUT:
                 return self._go_on(run, kind)
-        asked = f"{spelled(self._path)}.next().{kind}"
-        raise OutOfOrderError(
+        raise self._over(kind)
+
+    def _at_pattern(self, which: Which = FIRST) -> tuple[Visit, str]:
+        """The pattern that the call which this stands for computes."""
+        if self._met is None:
+            self._visit(INPUT)
+        if not self._goes_on():
+            raise self._over(PATTERN)
+        return super()._at_pattern(NEXT if self._is_entered() else which)
+
+    def _goes_on(self) -> bool:
+        """Whether the visit that was met is still the module's."""
+        met = self._met
+        return met is not None and met[0].going_on and (met[0], met[0].step, met[0].times) == met
+
+    def _is_entered(self) -> bool:
+        """Whether the run is paused at the input of the visit that was met."""
+        at = self._run().at
+        return self._met is not None and at is self._met[0] and at.kind is INPUT
+
+    def _over(self, kind: str) -> OutOfOrderError:
+        """The error for an ask when the visit that was met has ended."""
+        run, asked = self._run(), spelled(self._path, kind, further=True)
+        return OutOfOrderError(
             f"The visit that this `{asked}` met is over; the run has moved on.",
             f"Write `{asked}` once more for the visit after this, or keep the value in a variable.",
             asked=asked,

@@ -11,6 +11,7 @@ run.finish()
 
 import threading
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
@@ -20,9 +21,11 @@ from ..compat import add_save_to_builtins
 from ..current import held, hold
 from ..errors import NotReachedError, RunEndedError, RunError, WrongThreadError
 from ..nested import tensors
+from ..outline import Row, Seen
 from ..paths import spelled
 from ..run import Run
-from ..shown import Shown
+from ..shown import Line, Part, Shown
+from ..summaries import one_line
 from ..trace import Trace
 from ..tracebacks import at_the_users_line
 from ..tree import Envoy
@@ -30,20 +33,16 @@ from ..visits import FIRST, INPUT, NEXT, OUTPUT, Kind, Place, Visit, Which
 from .display import (
     Edits,
     Locals,
-    ModelTree,
-    Row,
     Where,
     idle,
     model_frame,
-    one_line,
     reached,
     receipt,
-    rows_of,
     shown_value,
     stale,
 )
 from .into import walk_into_code
-from .journal import HeldForward, Random, value_at
+from .journal import HeldForward, random_numbers_as_they_are, value_at
 from .left_behind import close_and_say, say
 from .pointing import pointed_at
 from .predicates import Predicate
@@ -187,6 +186,7 @@ class HeldRun(Shown, Trace):
 
     def close(self) -> None:
         """Abandon the run; afterwards the model is as it was."""
+        self._settle()
         self._run.close()
 
     @at_the_users_line
@@ -209,17 +209,19 @@ class HeldRun(Shown, Trace):
 
     def where(self) -> Where:
         """Where the run is paused: the module, the model's own source line, its local tensors, the tree with what has run."""
-        return Where(self._headline(), self._run.at, model_frame(self._run.at), self._rows())
+        return Where(self._headline(), self._run.at, model_frame(self._run.at), self._rows(brief=True))
 
-    def _rows(self, at: str = "") -> list[Row]:
-        """The modules at and below a path, with what has run."""
-        run, shown = self._run, self._tree.memory.aliases.shown
-        step = run.step - (run.finished and run.step > 0)  # the count goes on at the end of a step
-        return rows_of(self._tree.root, self._recording.journal, run.at, step, shown, at)
+    def _rows(self, at: str = "", brief: bool = False) -> list[Row]:
+        """The modules at and below a path, with what has run in this step."""
+        states, shapes = self._recording.journal.seen(self._run.at)
+        return Seen(self._tree.root, states, shapes, self._tree.memory.aliases.shown).rows(at, brief)
 
-    def tree(self, envoy: Envoy) -> ModelTree:
-        """An envoy and what is in it, with what has run: what a notebook shows of it while the run is held."""
-        return ModelTree(self._rows(envoy._own_path))
+    @property
+    def model(self) -> Envoy:
+        """The model's tree bound to this run, also where another is held: `other.model.transformer.h[5].output`."""
+        view = super().model
+        view._tree.held = weakref.ref(self)
+        return view
 
     def locals(self) -> Locals:
         """The local names of the model's own frame where it is paused, to be read: `run.locals()["hidden_states"]`."""
@@ -233,7 +235,7 @@ class HeldRun(Shown, Trace):
         the run has ended and gradients were recorded, one that nothing returned depends on.
         """
         journal, run = self._recording.journal, self._run
-        journal.settle()
+        self._settle()
         whole = reached(run.result) if run.finished and not run.cut_short else set()
         receipts = [
             receipt(each, run.path_of(each.place.module), bool(whole) and each.node is not None and each.node not in whole)
@@ -295,7 +297,7 @@ class HeldRun(Shown, Trace):
     def _replay(self, place: Place) -> "HeldRun":
         """Be paused at `place`, on a new forward pass."""
         earlier, before = self._recording, self._here()
-        earlier.journal.settle()
+        self._settle()
         recording = earlier.again()
         self._run = run = recording.follow(earlier, self._run_of, place)
         self._recording = recording
@@ -312,6 +314,11 @@ class HeldRun(Shown, Trace):
         return self
 
     # Inside
+
+    def _settle(self) -> None:
+        """Note what has been changed where the run is paused; where it was closed, its values are gone."""
+        if self._run.open:
+            self._recording.journal.settle()
 
     def _here(self) -> Run:
         """The run, unless it is paused on another thread."""
@@ -366,26 +373,26 @@ class HeldRun(Shown, Trace):
         point = spelled(run.path_of(at.module), at.kind)
         return f"paused at {point} ({type(at.module).__name__}), step {run.step}"
 
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.text import Text
-
+    def _parts(self) -> Iterator[Part]:
         at = self._run.at
-        value = "" if at is None else one_line(shown_value(at))
-        return Group(Text(self._headline(), "bold"), *(Text(f"  {line}") for line in (value, self._found) if line))
+        yield Line(self._headline(), "title")
+        if at is not None:
+            yield Line(f"  {one_line(shown_value(at))}")
+        if self._found:
+            yield Line(f"  {self._found}")
 
 
 def forked(trace: Trace, recording: Recording, at: Visit) -> HeldRun:
     """A run at the place where another is paused."""
-    journal, now = recording.journal, Random.now()
+    journal = recording.journal
     journal.settle()
-    again = recording.again()
-    run = again.follow(recording, partial(Trace._run_of, trace), at.place)
-    changed = journal.changes.get(at.place.key)
-    if changed is not None and run.at is not None:
-        again.change(run, run.at, changed, recording)
-    again.journal.random = now
-    now.put()
+    again, come_next = recording.again(), journal.come_next()
+    with random_numbers_as_they_are():
+        run = again.follow(recording, partial(Trace._run_of, trace), at.place)
+        changed = journal.changes.get(at.place.key)
+        if changed is not None and run.at is not None:
+            again.change(run, run.at, changed, recording)
+    again.journal.go_on_with(come_next)
     return HeldRun(trace, again, run)
 
 
