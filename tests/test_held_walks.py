@@ -134,7 +134,7 @@ def plain(program, edits):
             old = first_tensor(value)
             new = changed(old, edit)
             if new is not old:
-                value = (new, *value[1:]) if isinstance(value, tuple) else new
+                value = with_tensor(value, old, new)
         if not path:
             step[0] += 1
         return value
@@ -159,6 +159,13 @@ def plain(program, edits):
             vars(module).pop("forward", None)
         for buffer, value in zip(program.module.buffers(), saved, strict=True):
             buffer.data.copy_(value)
+
+
+def with_tensor(value, old, new):
+    """A module's value, with another tensor in the place of its first."""
+    if isinstance(value, dict):  # a model output
+        return type(value)(**{name: new if each is old else each for name, each in value.items()})
+    return (new, *value[1:]) if isinstance(value, tuple) else new
 
 
 def first(args, kwargs):
