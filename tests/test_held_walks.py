@@ -133,7 +133,7 @@ def plain(program, edits):
             old = first_tensor(value)
             new = changed(old, edit)
             if new is not old:
-                value = (new, *value[1:]) if isinstance(value, tuple) else new
+                value = with_tensor(value, old, new)
         if not path:
             step[0] += 1
         return value
@@ -158,6 +158,13 @@ def plain(program, edits):
             vars(module).pop("forward", None)
         for buffer, value in zip(program.module.buffers(), saved, strict=True):
             buffer.data.copy_(value)
+
+
+def with_tensor(value, old, new):
+    """A module's value, with another tensor in the place of its first."""
+    if isinstance(value, dict):  # a model output
+        return type(value)(**{name: new if each is old else each for name, each in value.items()})
+    return (new, *value[1:]) if isinstance(value, tuple) else new
 
 
 def first(args, kwargs):
@@ -303,3 +310,24 @@ def test_a_walk_comes_to_what_plain_hooks_give(one_torch_thread, name, keep, mov
         assert not isinstance(result, tuple) or result[1] == expected[1]  # the list that the blocks have written into
         if len(walks) == 1:
             assert all(map(torch.equal, program.module.buffers(), buffers))
+
+
+def test_going_back_and_forking_keep_the_receipt_of_what_is_not_computed_again():
+    module = Stack()
+    run = NNsight(module).trace(X4).start()
+    lin = run.model.h[0].lin
+    run.to(lin)
+    lin.output = lin.output * 2
+    run.to("h.2")
+    for where in (("h.1",), ("h.1.lin", "input")):
+        run.back_to(*where)
+        assert [(each.point, each.size) for each in run.edits] == [("model.h[0].lin.output", 1.0)]
+    other = run.fork()
+    assert [each.point for each in other.edits] == ["model.h[0].lin.output"]
+    result = run.finish()
+    assert torch.equal(result, other.finish())
+    run.restart()
+    assert not run.edits
+    run.close()
+    module.h[0].lin.register_forward_hook(lambda *_: _[-1] * 2)
+    assert torch.equal(result, module(X4))
