@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from .errors import CacheError, RowsError
-from .nested import described, first_tensor, mapped, tensors
+from .nested import copied, described, first_tensor, tensors
 from .paths import near, spelled
 from .shown import Shown
 from .visits import OUTPUT, Visit
@@ -54,7 +54,7 @@ class Keep(NamedTuple):
 
     def copy(self, value: Any) -> Any:
         """A copy of `value` as it is to be kept."""
-        return mapped(value, self._copied)
+        return copied(value, self._copied)
 
     def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.positions is not None and tensor.dim() == 3:

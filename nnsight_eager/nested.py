@@ -113,6 +113,17 @@ def mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return with_items(value, {key: new for key, (old, new) in done.items() if new is not old})
 
 
+def copied(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`mapped`, with the lists, dicts and key/value caches in it copied too, which a model goes on to fill."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    done = {key: (item, copied(item, function)) for key, item in items(value)}
+    changes = {key: new for key, (old, new) in done.items() if new is not old}
+    if not changes and (type(value) in (list, dict) or is_cache(value)):
+        return copy.copy(value)
+    return with_items(value, changes)
+
+
 def narrow(value: Any, where: Where) -> Any:
     """`value` with every tensor that `where` gives rows of narrowed to them, a view; what has none is shared."""
     return mapped(value, lambda tensor: tensor if (rows := where(tensor)) is None else tensor[rows])
