@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "backward": {"compat", "coroutine", "entering", "errors", "nested"},
     "blocks": {"errors", "rewriting", "texts"},
     "operations": {"errors", "rewriting", "texts"},
-    "calls": {"coroutine", "errors", "inside", "operations", "paths", "taps", "visits"},
+    "calls": {"attention", "coroutine", "errors", "inside", "operations", "paths", "taps", "visits"},
     "source": {"calls", "ears", "errors", "operations", "paths", "points", "run", "taps", "visits"},
     "skipping": set(),
     "names": {"blocks", "rewriting"},

@@ -194,3 +194,19 @@ def test_a_pattern_that_has_been_computed_is_out_of_order(llama):
         layer.pattern
         assert layer.output[0].shape == (2, 9, 32)
         assert llama.model.layers[0].hidden.shape == (2, 9, 32)
+
+
+def test_a_pattern_is_reached_from_where_its_attention_is_about_to_be_called(llama):
+    """The forward has looked its attention function up by then."""
+    layer = llama.model.layers[0].self_attn
+    with torch.no_grad(), llama.trace(input_ids=IDS):
+        pattern = layer.pattern
+        expected = llama.lm_head.output
+    with torch.no_grad(), llama.trace(input_ids=IDS):
+        _, query, key, *_ = layer.source.attention_interface_1.inputs[0]
+        assert torch.equal(layer.pattern, pattern)
+        assert torch.allclose(llama.lm_head.output, expected, atol=1e-6)
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) / query.shape[-1] ** 0.5
+    causal = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    assert torch.allclose(pattern, scores.masked_fill(~causal, float("-inf")).softmax(-1), atol=1e-6)

@@ -200,7 +200,7 @@ def test_a_method_cannot_be_assigned_over(model, method):
 
 def test_an_underscored_name_that_is_not_there_is_refused_at_once(model):
     assert not hasattr(model, "_anything")
-    assert not hasattr(model.h, "_repr_html_")
+    assert not hasattr(model.h, "_repr_svg_")
     assert not hasattr(model.h[0], "__array__")
 
 
