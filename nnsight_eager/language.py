@@ -17,7 +17,7 @@ import torch
 
 from .activations import Activations
 from .aliases import Rename
-from .batching import Given, with_shared
+from .batching import Given, joined, with_shared
 from .dataset import Row, refuse_longer, token_rows
 from .errors import InputError, LoadError
 from .extraction import Extraction, Options
@@ -58,6 +58,7 @@ class LanguageModel(NNsight):
 
     tokenizer: Any = None
     """The tokenizer, or `None`, which only matters when text is passed."""
+    _automodel: str | None = None  # the class to load, where nobody names one; `None` for the one a model was saved as
 
     def __init__(
         self,
@@ -70,15 +71,19 @@ class LanguageModel(NNsight):
         revision: str | None = None,
         trust_remote_code: bool = False,
         rename: Rename | None = None,
+        automodel: Any = None,
         **from_pretrained: Any,
     ) -> None:
         """Wrap a loaded module, or a model by its name or folder, whose weights are loaded at the first run.
 
             model = LanguageModel("openai-community/gpt2")
             model = LanguageModel(hf_model, tokenizer=hf_tokenizer)
+            model = LanguageModel("google-bert/bert-base-uncased", automodel=AutoModelForMaskedLM)
 
-        `dispatch=True` loads the weights at once; `rename` gives modules other names, as for `NNsight`. What else is given
-        goes to `from_pretrained`. Raises `LoadError` where there is no such model.
+        `automodel` is any model class of transformers, automatic or not, or its name; without it the class is the one that the
+        model was saved as. `dispatch=True` loads the weights at once; `rename` gives modules other names, as for `NNsight`.
+        What else is given goes to `from_pretrained`. Raises `LoadError` where there is no such model, or it is none of that
+        class.
         """
         named = {"device_map": device_map, "dtype": dtype, "attn_implementation": attn_implementation, "revision": revision}
         options = {name: value for name, value in named.items() if value is not None} | from_pretrained
@@ -87,7 +92,7 @@ class LanguageModel(NNsight):
         self._source: Source | None = None
         if isinstance(name_or_path_or_module, (str, PathLike)):
             name = fspath(name_or_path_or_module)
-            self._source = source(name, options)
+            self._source = source(name, options, self._automodel if automodel is None else automodel)
             tokenizer = name if tokenizer is None else tokenizer
             super().__init__(self._source.skeleton(), rename)
         else:
@@ -143,7 +148,7 @@ class LanguageModel(NNsight):
                 logits = model.lm_head.output                 # [batch, seq, vocabulary]
 
         The input is text, a list of texts, ids (a list, nested lists, a tensor), an encoding or dict, chat messages, or one of
-        the keywords `input_ids=`, `inputs_embeds=`. `truncation=`, `max_length=` beside it, and `add_special_tokens=` go to the
+        the keywords `input_ids=`, `inputs_embeds=`, or what else the model runs on (`input_features=` of speech models). `truncation=`, `max_length=` beside it, and `add_special_tokens=` go to the
         tokenizer, other keywords to the call. Shorter rows are padded, left for a causal model, with their positions counted
         from the first real token. With `fn`, what is given goes to that method as it is.
         """
@@ -236,12 +241,15 @@ class LanguageModel(NNsight):
         prepare = self._inputs.prepare
         if all(len(each.args) == 1 and isinstance(each.args[0], str) and not each.kwargs for each in inputs):
             return Given((), prepare(([each.args[0] for each in inputs],), {})), [1] * len(inputs)  # tokenized at once
-        prepared, sizes = together([prepare(each.args, each.kwargs) for each in inputs], self._side, self._pad)
+        each_prepared = [prepare(each.args, each.kwargs) for each in inputs]
+        if not any(content in each for each in each_prepared for content in CONTENT):
+            return joined([Given((), each) for each in each_prepared])  # no tokens to pad: images, sounds
+        prepared, sizes = together(each_prepared, self._side, self._pad)
         return Given((), prepared), sizes
 
     def _traced(self, name: str, inputs: tuple[Any, ...], keywords: dict[str, Any], batched: bool) -> Trace:
         """A trace of one call; where nothing says what to run on, that is left to invokes."""
-        if inputs or any(keywords.get(content) is not None for content in CONTENT):
+        if inputs or any(keywords.get(content) is not None for content in self._content):
             return Trace(self._tree, name, self._called(name, self._inputs.prepare(inputs, keywords)), None)
 
         def together(given: Sequence[Given]) -> tuple[Call, list[int]]:
@@ -292,7 +300,12 @@ class LanguageModel(NNsight):
     @property
     def _inputs(self) -> Inputs:
         """How this model wants its inputs."""
-        return Inputs(self.tokenizer, self._side, self._pad, self._takes)
+        return Inputs(self.tokenizer, self._side, self._pad, self._takes, self._content[-1])
+
+    @property
+    def _content(self) -> tuple[str, ...]:
+        """The keywords that hold what the model is run on, tokens or whatever else it takes."""
+        return *CONTENT, str(getattr(self._module, "main_input_name", CONTENT[0]))
 
     def _on_device(self, prepared: dict[str, Any]) -> dict[str, Any]:
         """The keywords of the call, on the model's device."""
@@ -304,7 +317,7 @@ class LanguageModel(NNsight):
     def _positioned(self, prepared: dict[str, Any]) -> dict[str, Any]:
         """What a forward pass needs beside its input: the positions of a left-padded batch, a first decoder token."""
         mask, config = prepared.get("attention_mask"), getattr(self._module, "config", None)
-        content = next((prepared[name] for name in CONTENT if prepared.get(name) is not None), None)
+        content = next((prepared[name] for name in self._content if prepared.get(name) is not None), None)
         counts = self._side == "left" and "position_ids" in self._takes and prepared.get("past_key_values") is None
         if counts and isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all()):
             prepared.setdefault("position_ids", positions(mask))
