@@ -148,9 +148,10 @@ class LanguageModel(NNsight):
                 logits = model.lm_head.output                 # [batch, seq, vocabulary]
 
         The input is text, a list of texts, ids (a list, nested lists, a tensor), an encoding or dict, chat messages, or one of
-        the keywords `input_ids=`, `inputs_embeds=`, or what else the model runs on (`input_features=` of speech models). `truncation=`, `max_length=` beside it, and `add_special_tokens=` go to the
-        tokenizer, other keywords to the call. Shorter rows are padded, left for a causal model, with their positions counted
-        from the first real token. With `fn`, what is given goes to that method as it is.
+        the keywords `input_ids=`, `inputs_embeds=`, or what else the model runs on (`input_features=` of speech models).
+        `truncation=`, `max_length=` beside it, and `add_special_tokens=` go to the tokenizer, other keywords to the call.
+        Shorter rows are padded, left for a causal model, with their positions counted from the first real token. With `fn`,
+        what is given goes to that method as it is.
         """
         self.dispatch()
         if fn is not None and fn != "forward":

@@ -7,6 +7,7 @@ first_tensor(layer.output)    # the hidden states, however they are wrapped
 import contextlib
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -96,7 +97,11 @@ def with_items(value: Any, changes: dict[Any, Any]) -> Any:
         return type(value)({**value, **changes})  # type: ignore[call-arg]
     if is_struct(value):
         # A transformers `ModelOutput` is a dataclass and a dict at once; only `replace` keeps both in step.
-        return dataclasses.replace(value, **changes)
+        replaced = dataclasses.replace(value, **changes)
+        if isinstance(value, OrderedDict):  # by `output[0]` a model means the first that was set, not the first field
+            for key in filter(replaced.__contains__, value):
+                replaced.move_to_end(key)
+        return replaced
     if isinstance(value, (tuple, list)):
         changed = [changes.get(number, item) for number, item in enumerate(value)]
         return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)

@@ -53,6 +53,16 @@ def test_a_model_output_keeps_its_attributes_and_items_in_step():
     assert replaced.last_hidden_state is replaced["last_hidden_state"] is replaced[0] is TWO
 
 
+def test_a_model_output_keeps_the_order_of_its_items():
+    """A model may set its fields in any order, and then takes `output[0]` of them."""
+    output = BaseModelOutput(hidden_states=(ONE,))
+    output.last_hidden_state = TWO
+    replaced = with_first_tensor(output, ONE + 1)
+    assert list(replaced) == list(output) == ["hidden_states", "last_hidden_state"]
+    assert torch.equal(replaced[0][0], ONE + 1)
+    assert replaced[1] is TWO
+
+
 def test_shapes_keep_the_form_of_the_value():
     assert repr(shapes((ONE, (TWO, None)))) == "(torch.Size([1, 2]), (torch.Size([3]), None))"
     assert shapes({"a": [ONE]}) == {"a": [ONE.shape]}
