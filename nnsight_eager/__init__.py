@@ -50,6 +50,7 @@ from .model import NNsight as NNsight
 from .nested import shapes as shapes
 from .trace import Trace as Trace
 from .tree import Envoy as Envoy
+from .vision import VisionLanguageModel as VisionLanguageModel
 
 add_save_to_tensors()
 

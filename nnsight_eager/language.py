@@ -8,7 +8,7 @@ model.tokenizer.decode(tracer.result[0])
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,6 @@ class LanguageModel(NNsight):
 
     tokenizer: Any = None
     """The tokenizer, or `None`, which only matters when text is passed."""
-    _automodel: str | None = None  # the class to load, where nobody names one; `None` for the one a model was saved as
 
     def __init__(
         self,
@@ -92,7 +91,7 @@ class LanguageModel(NNsight):
         self._source: Source | None = None
         if isinstance(name_or_path_or_module, (str, PathLike)):
             name = fspath(name_or_path_or_module)
-            self._source = source(name, options, self._automodel if automodel is None else automodel)
+            self._source = source(name, options, automodel)
             tokenizer = name if tokenizer is None else tokenizer
             super().__init__(self._source.skeleton(), rename)
         else:
@@ -228,7 +227,7 @@ class LanguageModel(NNsight):
         with model.scan("The Eiffel Tower is in"):
             print(model.transformer.h[5].hidden.shape)       # [1, seq, hidden]
         """
-        call = self._called("forward", self._inputs.prepare(inputs, keywords))
+        call = self._called("forward", self._prepare(inputs, keywords))
         mask = call.kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and bool(mask.all()):
             del call.kwargs["attention_mask"]  # the model would drop it too, but cannot see that it is all ones
@@ -239,7 +238,7 @@ class LanguageModel(NNsight):
 
         Raises `BatchError` for a keyword that has no rows (give it to `trace`), and for ids beside embeddings.
         """
-        prepare = self._inputs.prepare
+        prepare = self._prepare
         if all(len(each.args) == 1 and isinstance(each.args[0], str) and not each.kwargs for each in inputs):
             return Given((), prepare(([each.args[0] for each in inputs],), {})), [1] * len(inputs)  # tokenized at once
         each_prepared = [prepare(each.args, each.kwargs) for each in inputs]
@@ -251,7 +250,7 @@ class LanguageModel(NNsight):
     def _traced(self, name: str, inputs: tuple[Any, ...], keywords: dict[str, Any], batched: bool) -> Trace:
         """A trace of one call; where nothing says what to run on, that is left to invokes."""
         if inputs or any(keywords.get(content) is not None for content in self._content):
-            return Trace(self._tree, name, self._called(name, self._inputs.prepare(inputs, keywords)), None)
+            return Trace(self._tree, name, self._called(name, self._prepare(inputs, keywords)), None)
 
         def together(given: Sequence[Given]) -> tuple[Call, list[int]]:
             tokenizing, others = for_tokenizer(keywords)
@@ -259,6 +258,10 @@ class LanguageModel(NNsight):
             return self._called(name, with_shared(batch, others).kwargs), sizes
 
         return Trace(self._tree, name, None, Division(together, batched))
+
+    def _prepare(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """What a user has passed, as the keywords of a call."""
+        return self._inputs.prepare(inputs, keywords)
 
     def _called(self, name: str, prepared: dict[str, Any]) -> Call:
         """The call of `forward` or `generate` on inputs that are prepared."""
@@ -288,6 +291,11 @@ class LanguageModel(NNsight):
     @property
     def _encodes(self) -> bool:
         return bool(getattr(getattr(self._module, "config", None), "is_encoder_decoder", False))
+
+    @property
+    def _places_images(self) -> bool:
+        """Whether the model counts its positions itself: a token of an image has three (Qwen2-VL's `get_rope_index`)."""
+        return any(hasattr(each, "get_rope_index") for each in (self._module, getattr(self._module, "model", None)))
 
     @property
     def _pad(self) -> int | None:
@@ -320,6 +328,7 @@ class LanguageModel(NNsight):
         mask, config = prepared.get("attention_mask"), getattr(self._module, "config", None)
         content = next((prepared[name] for name in self._content if prepared.get(name) is not None), None)
         counts = self._side == "left" and "position_ids" in self._takes and prepared.get("past_key_values") is None
+        counts = counts and not self._places_images
         if counts and isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all()):
             prepared.setdefault("position_ids", positions(mask))
         given = any(prepared.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))

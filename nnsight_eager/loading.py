@@ -15,6 +15,7 @@ AUTOMODELS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_TO_SEQ_CAUSAL_LM": "AutoModelForSeq2SeqLM",
     "MASKED_LM": "AutoModelForMaskedLM",
+    "IMAGE_TEXT_TO_TEXT": "AutoModelForImageTextToText",
 }
 # The options that say where a file is, which a configuration and a tokenizer take as well.
 WHERE = ("revision", "trust_remote_code", "cache_dir", "token", "local_files_only", "subfolder")
@@ -113,6 +114,19 @@ def tokenizer_for(name: str, options: dict[str, Any]) -> Any:
     except (OSError, ValueError, KeyError, ImportError):
         return None
     return found if getattr(found, "vocab_size", 1) else None  # transformers 5 makes an empty one where there are no files
+
+
+def processor_for(name: str, options: dict[str, Any]) -> Any:
+    """The processor that belongs to the model called `name`: its tokenizer, and what makes tensors of images."""
+    import transformers
+
+    try:
+        return transformers.AutoProcessor.from_pretrained(name, **_where(options))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise LoadError(
+            f"The processor of `{name}` cannot be loaded: {first_line(error)}",
+            "Make it of its parts, and give it: `VisionLanguageModel(name, processor=processor)`.",
+        ) from error
 
 
 def _where(options: dict[str, Any]) -> dict[str, Any]:
