@@ -52,8 +52,13 @@ def items(value: Any) -> list[tuple[Any, Any]]:
 
 
 def is_cache(value: Any) -> bool:
-    """Whether `value` is a transformers key/value cache, or a layer of one."""
-    return hasattr(value, "__dict__") and any(each.__module__ == "transformers.cache_utils" for each in type(value).__mro__)
+    """Whether `value` is a transformers key/value cache, or a layer of one; some models have a class of their own."""
+    return hasattr(value, "__dict__") and any(map(_caches, type(value).__mro__))
+
+
+def _caches(each: type) -> bool:
+    own = each.__name__.endswith("Cache") and each.__module__.startswith("transformers.models.")
+    return own or each.__module__ == "transformers.cache_utils"
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
