@@ -52,6 +52,7 @@ from .nested import shapes as shapes
 from .summaries import summary as summary
 from .trace import Trace as Trace
 from .tree import Envoy as Envoy
+from .vision import VisionLanguageModel as VisionLanguageModel
 
 add_save_to_tensors()
 

@@ -18,7 +18,7 @@ import torch
 
 from .errors import CacheError, RowsError
 from .folding import folded
-from .nested import described, first_tensor, mapped, tensors
+from .nested import copied, described, first_tensor, tensors
 from .paths import near, spelled
 from .shown import Column, Grid, Line, Part, Shown
 from .summaries import one_line
@@ -56,7 +56,7 @@ class Keep(NamedTuple):
 
     def copy(self, value: Any) -> Any:
         """A copy of `value` as it is to be kept."""
-        return mapped(value, self._copied)
+        return copied(value, self._copied)
 
     def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.positions is not None and tensor.dim() == 3:

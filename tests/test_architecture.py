@@ -145,6 +145,7 @@ MAY_IMPORT = {
         "trace",
         "tree",
     },
+    "vision": {"batching", "errors", "inputs", "language", "loading", "padding", "trace"},
     "lens": {"errors", "language", "tree"},
     "interactive.__init__": set(),
     "interactive.frozen": set(),

@@ -14,7 +14,10 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_every_block_runs(block, folder, tmp_path, monkeypatch, capsys):
     script = tmp_path / "block.py"
-    script.write_text(block.replace("openai-community/gpt2", str(folder("gpt2"))))
+    for name in ("openai-community/gpt2", "llava-hf/llava-1.5-7b-hf"):
+        if name in block:
+            block = block.replace(name, str(folder("llava" if "llava" in name else "gpt2")))
+    script.write_text(block)
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script))
 
