@@ -72,13 +72,17 @@ class Tap:
         `__call__` reads the list of hooks when the forward has returned, so one that is added now still runs. It comes last,
         but before hooks that only record: those are to see an edit. Only a tap's `__call__` calls this.
         """
-        if not _called_with_hooks(self.module, sys._getframe(2)):
+        frame = _torch_frame(sys._getframe(2))
+        if _module_called(frame) is not self.module:  # a direct `.forward()` runs no hooks
             return False
+        call = id(frame)
         hooks = self.module._forward_hooks
         order = list(hooks)
         handle = RemovableHandle(hooks)
 
         def last_hook(module: torch.nn.Module, args: Any, value: Any) -> Any:
+            if id(_torch_frame(sys._getframe(1))) != call:
+                return None  # a hook of the user's, or another thread, has called the module meanwhile
             put_back()
             pending.remove(put_back)
             return take(value)
@@ -227,11 +231,6 @@ def exchange(module: torch.nn.Module, name: str, value: Any) -> Any:
     before = module.__dict__[name]
     module.__dict__[name] = value
     return before
-
-
-def _called_with_hooks(module: torch.nn.Module, frame: FrameType | None) -> bool:
-    """Whether this forward was called by `module.__call__`, which runs the hooks; a direct `.forward()` does not."""
-    return _module_called(_torch_frame(frame)) is module
 
 
 def _torch_frame(frame: FrameType | None) -> FrameType | None:

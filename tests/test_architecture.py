@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "bodies": {"batching", "coroutine", "errors", "paths", "visits"},
     "waiting": {"bodies", "visits"},
     "lending": {"batching", "bodies", "errors", "nested", "visits"},
-    "shared": {"batching", "bodies", "coroutine", "ears", "errors", "lending", "paths", "run", "visits", "waiting"},
+    "shared": {"batching", "bodies", "coroutine", "current", "ears", "errors", "lending", "paths", "run", "visits", "waiting"},
     "captured": {"blocks", "errors", "names", "skipping"},
     "invokes": {"batching", "blocks", "bodies", "captured", "coroutine", "errors", "names", "paths", "run", "visits"},
     "edits": {"blocks", "bodies", "captured", "errors", "names", "paths", "shared"},
