@@ -120,7 +120,7 @@ class Ears:
     def put_away(self, cut_short: bool) -> None:
         """Leave the ears to later runs; done once the forward has ended, whose frames use them."""
         for visit in self._put_up:
-            if cut_short or visit.going_on:
+            if cut_short or visit.going_on or visit.stop_after or visit.stop_before:  # the last where the forward has failed
                 visit.rest()
             visit.forward, visit.gave, visit.watchers = None, None, ()
             if visit.spent:
