@@ -13,21 +13,19 @@ import contextlib
 import gc
 import random
 import weakref
-from typing import NamedTuple
 
 import torch
 from greenlet import greenlet
 from left_behind import everything
+from subjects import ByHand, Event, changed, nothing
 from test_interrupts import interrupted_at
 
-from nnsight_eager import LanguageModel, NNsight
 from nnsight_eager.current import _entered
 from nnsight_eager.run import Run
 
-WIDTH = 4
 IDLE = {"Stack._work", "Stack.__init__.<locals>.<lambda>"}
 PLACES = ["body", "forward", "watcher", "edit", "hook", "a line of ours"]
-KINDS = ["an exception", "Ctrl-C", "no memory", "a torch error", "a collected trace", "a dropped trace"]
+KINDS = ["exception", "Ctrl-C", "no memory", "torch error", "collected trace", "dropped trace"]
 ACTIONS = ["read", "read", "replace", "in place", "skip"]
 AROUND = {
     "nothing": contextlib.nullcontext,
@@ -63,243 +61,54 @@ class Fault:
 
     def happen(self):
         match self.kind:
-            case "a collected trace":
+            case "collected trace":
                 self.collect()
                 return
-            case "a torch error":
+            case "torch error":
                 try:
                     torch.ones(2, 3) @ torch.ones(4, 5)
                 except RuntimeError as error:
                     self.error = error
             case kind:
-                raises = {"Ctrl-C": KeyboardInterrupt, "no memory": MemoryError, "a dropped trace": DroppedError}
+                raises = {"Ctrl-C": KeyboardInterrupt, "no memory": MemoryError, "dropped trace": DroppedError}
                 self.error = raises.get(kind, InjectedError)("injected")
         raise self.error
 
 
-class Moments:
-    """What the modules of a model tell when they come by a moment: the fault of the program that runs."""
-
-    def __init__(self):
-        self.fault = Fault()
-
-    def __call__(self, place):
-        self.fault.moment(place)
-
-
-class Layer(torch.nn.Module):
-    """A residual layer."""
-
-    def __init__(self, moment):
-        super().__init__()
-        self.first, self.second = torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH)
-        self.moment = moment
-
-    def forward(self, x):
-        self.moment("forward")
-        hidden = self.first(x)
-        try:
-            self.moment("forward")
-            hidden = self.second(hidden.sin())
-        finally:
-            after = torch.zeros(1)  # torch is used in a `finally` block as well
-        return x + hidden + after
-
-
-class Net(torch.nn.Module):
-    """Layers, a norm that is used between all of them, and a head."""
-
-    def __init__(self, moment):
-        super().__init__()
-        self.h = torch.nn.ModuleList(Layer(moment) for _ in range(2))
-        self.norm = torch.nn.LayerNorm(WIDTH)
-        self.head = torch.nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x):
-        for layer in self.h:
-            x = self.norm(layer(x))
-        return self.head(x)
-
-    def generate(self, x, steps=2):
-        """What a generation does: forwards without gradients, one after another."""
-        with torch.no_grad():
-            for _ in range(steps):
-                x = self(x)
-        return x
-
-
-class Activation(torch.nn.Module):
-    """The activation of a language model that comes by moments."""
-
-    def __init__(self, moment):
-        super().__init__()
-        self.moment = moment
-
-    def forward(self, x):
-        self.moment("forward")
-        return torch.nn.functional.gelu(x)
-
-
-class Event(NamedTuple):
-    """A point at its first visit in a step."""
-
-    step: int
-    path: str
-    kind: str
-
-
-class Subject(NamedTuple):
-    """A model, how it is called plainly and with its insides open, and the points a program may use."""
-
-    name: str
-    model: NNsight
-    moments: Moments
-    given: object  # an input, from a generator of random numbers
-    plainly: object
-    opened: object
-    paths: tuple[str, ...]
-    skippable: tuple[str, ...]
-
-    def events(self):
-        """Every point by its order."""
-        return ByHand(self, {}, self.given(random.Random(0))).events
-
-
-def subjects():
-    """The models that programs run on."""
-    return [net(), generation(), language_model()]
-
-
-def net():
-    torch.manual_seed(0)
-    moments = Moments()
-    model = NNsight(Net(moments))
-    paths = tuple(path for path, module in model._module.named_modules() if path not in ("", "h"))
-    return Subject(
-        "a module",
-        model,
-        moments,
-        given=lambda numbers: torch.tensor([[numbers.uniform(-1, 1) for _ in range(WIDTH)]]),
-        plainly=lambda module, x: module(x),
-        opened=lambda *x: model.trace(*x),
-        paths=paths,
-        skippable=paths,
-    )
-
-
-def generation():
-    subject = net()
-    return subject._replace(
-        name="a generation",
-        plainly=lambda module, x: module.generate(x),
-        opened=lambda *x: subject.model.trace(*x, fn="generate"),
-    )
-
-
-def language_model():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    moments = Moments()
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
-    module = GPT2LMHeadModel(config).eval()
-    for block in module.transformer.h:
-        block.mlp.act = Activation(moments)
-    model = LanguageModel(module)
-    options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    inside = ("ln_1", "attn.c_proj", "mlp", "mlp.c_fc", "mlp.act", "mlp.c_proj")
-    paths = (*(f"transformer.h.{i}.{name}" for i in range(2) for name in inside), "transformer.ln_f", "lm_head")
-    return Subject(
-        "a language model",
-        model,
-        moments,
-        given=lambda numbers: torch.tensor([[numbers.randrange(1, 64) for _ in range(4)]]),
-        plainly=lambda module, ids: module.generate(ids, attention_mask=torch.ones_like(ids), **options),
-        opened=lambda *ids: model.generate(*ids, **options),
-        paths=paths,
-        skippable=tuple(path for path in paths if path.endswith(("ln_1", "mlp", "act", "ln_f"))),
-    )
-
-
-def changed(value):
-    return value * 1.5 + 0.25
-
-
-class ByHand:
-    """A program done by plain hooks: every event on the way, what was seen at those that have an action, and the result."""
-
-    def __init__(self, subject, actions, x):
-        self.actions, self.events, self.seen, self.step, self.left_out = actions, [], {}, 0, {}
-        module = subject.model._module
-        with contextlib.ExitStack() as hooks:
-            for path in subject.paths:
-                part = module.get_submodule(path)
-                hooks.callback(part.register_forward_pre_hook(self.before(path)).remove)
-                hooks.callback(part.register_forward_hook(self.after(path)).remove)
-                part.forward = self.unless_skipped(part)
-                hooks.callback(part.__dict__.pop, "forward")
-            hooks.callback(module.register_forward_hook(self.step_ends).remove)
-            self.result = subject.plainly(module, x)
-
-    def step_ends(self, *_):
-        self.step += 1
-
-    def unless_skipped(self, module):
-        def forward(x):
-            return self.left_out.pop(module) if module in self.left_out else type(module).forward(module, x)
-
-        return forward
-
-    def before(self, path):
-        def hook(module, args):
-            event = Event(self.step, path, "input")
-            if event in self.events:
-                return None
-            self.events.append(event)
-            value, action = self.act(event, args[0])
-            if action == "skip":
-                self.left_out[module] = value
-                return None
-            return (value,)
-
-        return hook
-
-    def after(self, path):
-        def hook(module, args, output):
-            event = Event(self.step, path, "output")
-            if event in self.events:
-                return None
-            self.events.append(event)
-            return self.act(event, output)[0]
-
-        return hook
-
-    def act(self, event, value):
-        action = self.actions.get(event)
-        if action is not None:
-            if action == "in place":
-                value.mul_(0.75)
-            self.seen[event] = value.detach().clone()
-            if action in ("replace", "skip"):
-                value = changed(value)
-        return value, action
+@contextlib.contextmanager
+def only_new_objects():
+    """Have what is looked for among all objects be looked for among those that are made from here on."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Program:
     """One random program with one fault."""
 
-    def __init__(self, subject, numbers):
+    def __init__(self, subject, numbers, places=PLACES):
         self.subject, self.numbers = subject, numbers
         self.model, self.module = subject.model, subject.model._module
-        forms = [self.in_a_block, self.in_a_block, self.with_a_cache, self.as_an_edit, self.as_invokes, self.nested, self.stopped]
+        forms = [
+            self.in_a_block,
+            self.in_a_block,
+            self.with_a_cache,
+            self.as_an_edit,
+            self.as_invokes,
+            self.nested,
+            self.stopped,
+        ]
         if subject.name == "a module":
             forms += [self.held, self.with_a_backward_pass]
         self.form = numbers.choice(forms)
         self.around = numbers.choice(["nothing", "nothing", *AROUND])
         if self.form == self.with_a_backward_pass or (self.form == self.as_invokes and self.around == "autocast"):
             self.around = "nothing"  # no gradients; and what is rounded so much differs in a batch
-        place, kind = numbers.choice(PLACES), numbers.choice(KINDS)
-        if kind == "a dropped trace":
+        place, kind = numbers.choice(places), numbers.choice(KINDS)
+        if kind == "dropped trace":
             place = "body"
         many = {"a line of ours": 3000, "forward": 6, "hook": 6}.get(place, 4)
         self.fault = Fault(place, kind, numbers.randrange(many), self.collect)
@@ -308,8 +117,8 @@ class Program:
         self.seen, self.collecting, self.interrupted = {}, False, []
 
     def __str__(self):
-        fault = self.fault
-        return f"{self.subject.name}, {self.form.__name__}, {self.around} around: {fault.kind} in {fault.place} ({fault.after}) {self.interrupted}"
+        fault, form = f"{self.fault.kind} in {self.fault.place} ({self.fault.after})", self.form.__name__
+        return " ".join([f"{self.subject.name}, {form}, {self.around} around: {fault}", *self.interrupted])
 
     def some_actions(self):
         """What to do at which events."""
@@ -339,7 +148,8 @@ class Program:
         """What does not hold after the program has run."""
         before = everything(self.model)
         found = [*self.ran_wrong()]
-        self.subject.moments.fault = Fault()
+        if self.interrupted:
+            gc.collect()  # between two lines of ours a run may be left in a cycle with the functions of its invokes
         if everything(self.model) != before:
             found.append("the model or the thread is not as before")
         found += self.leaked()
@@ -354,7 +164,7 @@ class Program:
             with AROUND[self.around]():
                 expected = [ByHand(self.subject, *each) for each in self.plain_programs()]
                 raised, result = self.outcome()
-                if raised is None and not (self.fault.happened and self.fault.kind == "a dropped trace"):
+                if raised is None and not (self.fault.happened and self.fault.kind == "dropped trace"):
                     yield from self.differs(result, expected)
                 elif raised is None or isinstance(raised, DroppedError):
                     pass
@@ -365,8 +175,13 @@ class Program:
                     yield f"{type(raised).__name__} was seen, and {self.fault.error!r} was raised: {raised}"
                 yield from self.saw_wrong(expected)
         finally:
-            raised = self.fault.error = None  # its traceback holds every frame of the program
-            self.seen = {}
+            raised = None
+            self.end()
+
+    def end(self):
+        """Refer to nothing of the run any more: an error's traceback holds every frame of the program."""
+        self.fault.error, self.seen = None, {}
+        self.subject.moments.happen = nothing
 
     def plain_programs(self):
         programs = [(self.actions, self.x.clone())]
@@ -374,7 +189,7 @@ class Program:
 
     def outcome(self):
         """What the program raised, and what came of it."""
-        self.subject.moments.fault = self.fault
+        self.subject.moments.happen = self.fault.moment
         hooks = contextlib.ExitStack()
         for path in self.numbers.sample(self.subject.paths, 2):
             part = self.module.get_submodule(path)
