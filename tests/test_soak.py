@@ -2,11 +2,12 @@
 
 import io
 
+import faults
 import pytest
 import soak
 from rich.console import Console
 
-from nnsight_eager import ears
+from nnsight_eager.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -20,15 +21,28 @@ def run(*arguments):
 def test_no_program_with_a_fault_breaks_anything_and_threads_tasks_and_memory_are_right(monkeypatch):
     monkeypatch.setattr(soak, "TRACES_OF_A_THREAD", 25)
     monkeypatch.setattr(soak, "WARM_UP", 50)
-    status, printed = run("--programs", "200", "--threads", "8", "--tasks", "50", "--traces", "200")
+    status, printed = run("--programs", "60", "--threads", "8", "--tasks", "50", "--traces", "150")
     assert status == 0, printed
 
 
 def test_a_model_that_is_not_as_before_is_seen(monkeypatch):
-    monkeypatch.setattr(ears, "take_down", lambda taps: None)
-    status, printed = run("--programs", "4", "--threads", "0", "--tasks", "0", "--traces", "0")
+    close = Run.close
+
+    def close_and_leave_something(run):
+        close(run)
+        run.root.left_behind = True
+
+    monkeypatch.setattr(Run, "close", close_and_leave_something)
+    status, printed = run("--programs", "2", "--threads", "0", "--tasks", "0", "--traces", "0")
     assert status == 1
     assert "the model or the thread is not as before" in printed
+
+
+def test_a_value_that_is_wrong_in_a_program_is_seen(monkeypatch):
+    monkeypatch.setattr(faults, "changed", lambda value: value * 2)  # and plain hooks do something else
+    status, printed = run("--programs", "6", "--seed", "1", "--threads", "0", "--tasks", "0", "--traces", "0")
+    assert status == 1
+    assert "and with hooks" in printed
 
 
 def test_a_value_that_is_wrong_on_threads_and_in_tasks_is_seen(monkeypatch):
