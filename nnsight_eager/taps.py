@@ -14,10 +14,11 @@ other call through. `Module.__call__` keeps its fast path, which a forward hook 
 module: each has a tap of its own there, one around the other, and any of them may leave first.
 """
 
+import contextlib
 import copy
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, MethodType
 from typing import Any, Final, TypeVar
 
@@ -25,11 +26,15 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from .coroutine import current_stack
+
 T = TypeVar("T", bound="Tap")
 
 ABSENT: Final = object()
 # Reentrant, since a collected run takes its taps out, and a collection can start in any line below.
 _lock: Final = threading.RLock()
+# What runs have put aside, which overlap on several threads: how many have, and the value. Empty where no run is open.
+_aside: Final[dict[tuple[int, str], tuple[int, Any]]] = {}
 global_forward_hooks: Final = torch_module._global_forward_hooks
 
 
@@ -55,8 +60,13 @@ class Tap:
 
     def pass_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the forward of the module this call is for, unheard; only a tap's `__call__` calls this."""
-        forward = self.__wrapped__
-        if self._original is ABSENT:
+        tap: Tap = self
+        here = current_stack()
+        # Not one calling the next: with some hundred runs open, as in tasks, that would be too deep for Python.
+        while isinstance(tap._original, Tap) and tap._original.stack is not here:
+            tap = tap._original
+        forward = tap.__wrapped__
+        if tap._original is ABSENT:
             called = _module_called(_torch_frame(sys._getframe(1)))
             # A shallow copy (a `DataParallel` replica) shares this very tap with the module it was copied from.
             if called is not None and called is not self.module and isinstance(called.__dict__.get("forward"), Tap):
@@ -224,6 +234,38 @@ def take_down(taps: Iterable[Tap]) -> None:
                 tap.stack = None
             else:
                 tap._step_aside()
+
+
+@contextlib.contextmanager
+def with_a_hook(module: torch.nn.Module) -> Iterator[None]:
+    """While the block runs the module has a forward hook, which does nothing."""
+    handle = module.register_forward_hook(lambda *_: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def put_aside(module: torch.nn.Module, name: str) -> bool:
+    """Have an attribute of the module itself be `None` until it is put forth as often; whether it has such a one."""
+    own = module.__dict__
+    with _lock:
+        count, value = _aside.get((id(own), name), (0, own.get(name)))
+        if value is not None:
+            _aside[id(own), name] = count + 1, value
+            own[name] = None
+    return value is not None
+
+
+def put_forth(module: torch.nn.Module, name: str) -> None:
+    """Put back what was put aside, if nobody else has it aside."""
+    own = module.__dict__
+    with _lock:
+        count, value = _aside.pop((id(own), name))
+        if count > 1:
+            _aside[id(own), name] = count - 1, value
+        elif own.get(name) is None:
+            own[name] = value
 
 
 def exchange(module: torch.nn.Module, name: str, value: Any) -> Any:
