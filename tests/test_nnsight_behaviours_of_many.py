@@ -202,6 +202,14 @@ def test_a_cache_in_a_scan_has_shapes(model):
     assert {path: cache[path].output.shape for path in ("h.0", "head")} == {"h.0": (1, 4), "head": (1, 4)}
 
 
+def test_a_cache_in_a_scan_tells_the_size_before_anything_runs(folder):
+    model, options = nnsight.LanguageModel(folder("gpt2")), {"modules": ["transformer.h.*"], "positions": [-1, -2]}
+    with model.scan("The Eiffel Tower") as tracer:
+        estimate = tracer.cache(**options, dtype=torch.float16)
+    assert all(weight.is_meta for weight in model.parameters())
+    assert estimate.nbytes == 3 * 2 * 32 * 2 == model.cache("The Eiffel Tower", **options, dtype=torch.float16).nbytes
+
+
 def test_values_of_a_session_pass_from_trace_to_trace(model):
     with model.session():
         results = [].save()

@@ -8,12 +8,12 @@ Another forward pass is led to the same place by it: see `recording`.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from ..nested import described, first_tensor, is_cache, items, mapped, tensors
+from ..nested import described, first_tensor, mapped, small_tensors, tensors
 from ..visits import INPUT, OUTPUT, Forward, Kind, Place, Visit
 from .frozen import BY_REFERENCE, Frozen, frozen
 
@@ -109,11 +109,11 @@ class Paused:
         self._value = value_at(visit)
         self._tensors = [*tensors(self._value)]
         self._versions = _versions(self._tensors)
-        self._copies = [each.detach().clone() for each in _small(self._value)]
+        self._copies = [each.detach().clone() for each in small_tensors(self._value)]
 
     def handed(self) -> dict[int, Handed]:
         """The tensors that are read here, by identity."""
-        return {id(each): Handed(self.place, weakref.ref(each)) for each in _small(value_at(self.visit))}
+        return {id(each): Handed(self.place, weakref.ref(each)) for each in small_tensors(value_at(self.visit))}
 
     def shares_memory_with(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is the same memory as one that is read here."""
@@ -132,7 +132,7 @@ class Paused:
         in_place = frozenset(n for n in both if n not in replaced and versions[n] != self._versions[n])
         if not (rebuilt or replaced or in_place):
             return None
-        size = float("inf") if rebuilt else _size(self._copies, [*_small(value)])
+        size = float("inf") if rebuilt else _size(self._copies, [*small_tensors(value)])
         node = next((each.grad_fn for n, each in enumerate(now) if n in replaced | in_place or rebuilt), None)
         value = mapped(value, torch.clone)
         return Changed(
@@ -164,6 +164,17 @@ class Journal:
         """The last time the model has come by the module, or is there now."""
         here = None if self.paused is None else self.paused.place
         return here if here is not None and here.module is module and here.kind is kind else self.last.get((id(module), kind))
+
+    def seen(self, at: Visit | None) -> tuple[dict[int, str], dict[int, str]]:
+        """What has run in this step, what is running and where it is paused, and the last shape of each module, by identity."""
+        step = at.step if at is not None else max((place.step for place in self.last.values()), default=0)
+        states = {key: "ran" for (key, kind), place in self.last.items() if kind is OUTPUT and place.step == step}
+        states |= {id(going.visit.module): "running" for going in self.going}
+        if at is None:
+            return states, self.shapes
+        now = first_tensor(at.value) if at.kind is OUTPUT else None
+        shape = {} if now is None else {id(at.module): described(now)}
+        return states | {id(at.module): "paused"}, self.shapes | shape
 
     def settle(self) -> None:
         """Note what has been changed where the run is paused."""
@@ -231,14 +242,16 @@ class Journal:
 class HeldForward(Forward):
     """A model call that has its journal written."""
 
-    __slots__ = ("journal",)
+    __slots__ = ("journal", "left")
 
     by_hand = True
+    again = "`run.restart()` begins it again, `run.back_to(...)` goes back to a point."
     _left: Random | None = None  # where the random numbers were when a held run of any model last paused or ended
 
     def __init__(self, journal: Journal, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(function, *args, **kwargs)
         self.journal = journal
+        self.left: Place | None = None
 
     def resume(self) -> Any:
         """Go on until the next pause; before, note what was changed during this one."""
@@ -249,6 +262,7 @@ class HeldForward(Forward):
         self._go_on_with_random_numbers()
         journal.go_on()
         paused, journal.paused = journal.paused, None
+        self.left = None if paused is None else paused.place
         try:
             visit = super().resume()
         except BaseException:
@@ -286,15 +300,6 @@ def value_at(visit: Visit) -> Any:
 def _versions(values: list[torch.Tensor]) -> list[int]:
     """How often each has been changed in place; without a record, as under inference mode, always the same."""
     return [0 if each.is_inference() else each._version for each in values]
-
-
-def _small(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a value but for those of a key/value cache, which are many and not looked at."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif not is_cache(value):
-        for _, item in items(value):
-            yield from _small(item)
 
 
 def _size(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
