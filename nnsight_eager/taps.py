@@ -160,7 +160,9 @@ class Tap:
         return self.__wrapped__.__name__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
-        return _silent(copy.deepcopy(self.module, memo), *(copy.deepcopy(each, memo) for each in self._state()))
+        made = _silent(copy.deepcopy(self.module, memo), *(copy.deepcopy(each, memo) for each in self._state()))
+        memo[id(made)] = _Gone(made)  # what the copying keeps until it has ended
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _silent, (self.module, *self._state())
@@ -171,6 +173,18 @@ class Tap:
         while isinstance(original, Tap):
             original = original._original
         return () if original is ABSENT else (original,)
+
+
+class _Gone:
+    """Takes a silent tap out of its module when this goes."""
+
+    def __init__(self, tap: Tap) -> None:
+        self._tap = tap
+
+    def __del__(self) -> None:
+        with _lock:
+            if self._tap.own.get("forward") is self._tap:
+                self._tap._give_back(self._tap.own)
 
 
 def _silent(module: torch.nn.Module, *original: Any) -> Tap:
