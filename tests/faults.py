@@ -12,6 +12,7 @@ behind is collected there. What a program sees is compared with plain hooks.
 import contextlib
 import gc
 import random
+import warnings
 import weakref
 
 import torch
@@ -180,7 +181,9 @@ class Program:
 
     def end(self):
         """Refer to nothing of the run any more: an error's traceback holds every frame of the program."""
-        self.fault.error, self.seen = None, {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a held run is left behind
+            self.fault.error, self.seen = None, {}
         self.subject.moments.happen = nothing
 
     def plain_programs(self):
