@@ -14,11 +14,13 @@ from typing import TypeVar
 import torch
 
 from .aliases import Aliases
+from .compiled import CALL, Eagerly, tell
 from .errors import RunEndedError
+from .fast_paths import FAST, leave_where_seen
 from .inside import Apart, Part
 from .order import Order
-from .paths import modules_above, path_in
-from .taps import put_up, take_down, tap_at
+from .paths import modules_above, path_in, spelled
+from .taps import ABSENT, put_up, take_down, tap_at
 from .visits import Forward, RootVisit, Visit, is_compiled, not_compiled
 
 P = TypeVar("P", bound=Part)
@@ -27,7 +29,7 @@ P = TypeVar("P", bound=Part)
 class Memory:
     """What the runs of one model leave for the next: the order learned for each kind of call, ears and parts to use again."""
 
-    __slots__ = ("aliases", "compiled", "orders", "parts", "visits")
+    __slots__ = ("aliases", "compiled", "orders", "parts", "told", "visits")
 
     def __init__(self, aliases: Aliases) -> None:
         """Nothing has run yet. `aliases` are the model's other names, which messages use."""
@@ -35,7 +37,8 @@ class Memory:
         self.orders: dict[str, Order] = {}
         self.visits: dict[int, Visit] = {}
         self.parts: dict[Hashable, Part] = {}
-        self.compiled = False
+        self.compiled = False  # whether some module of it is, so that every ear has to be kept from the compiler
+        self.told = False  # whether the user knows
 
     def part(self, key: Hashable, make: Callable[[], P]) -> P:
         """The part of this key: one for all runs of the model."""
@@ -47,7 +50,7 @@ class Memory:
 class Ears:
     """The ears of one run, by the identity of their module."""
 
-    __slots__ = ("_around", "_forward", "_name", "_put_up", "_root", "_stack", "apart", "memory", "open", "order",
+    __slots__ = ("_around", "_eagerly", "_forward", "_name", "_put_up", "_root", "_stack", "apart", "memory", "open", "order",
         "visits")  # fmt: skip
 
     def __init__(self, root: torch.nn.Module, name: str, forward: Forward, memory: Memory) -> None:
@@ -62,6 +65,7 @@ class Ears:
         self.open = True
         self._put_up: list[Visit] = []
         self.apart: dict[Hashable, Apart] = {}
+        self._eagerly = Eagerly()
         self._around: frozenset[int] | None = None
         self.order = memory.orders.get(name) or Order()
 
@@ -112,6 +116,7 @@ class Ears:
     def take_down(self) -> None:
         """Take every ear out of its module, and let owners call no part apart."""
         take_down(self._put_up)
+        self._eagerly.end()
         while self.apart:
             key = next(reversed(self.apart))
             self.apart[key].end()
@@ -120,7 +125,7 @@ class Ears:
     def put_away(self, cut_short: bool) -> None:
         """Leave the ears to later runs; done once the forward has ended, whose frames use them."""
         for visit in self._put_up:
-            if cut_short or visit.going_on:
+            if cut_short or visit.going_on or visit.stop_after or visit.stop_before:  # the last where the forward has failed
                 visit.rest()
             visit.forward, visit.gave, visit.watchers = None, None, ()
             if visit.spent:
@@ -142,6 +147,10 @@ class Ears:
         put_up(visit, self._stack)
         if isinstance(module, Part):
             self.of_part(module).hear(module, visit)
+        elif CALL in visit.own or visit._original is not ABSENT:
+            self._run_eagerly(visit)
+        if isinstance(module, FAST):
+            leave_where_seen(visit, self.visits)
         if self.learning:
             return visit  # every module listens
         around = self.order.around.get(id(module))
@@ -151,6 +160,12 @@ class Ears:
             self._around = around
             self._listen_at(self.order.living(around))
         return visit
+
+    def _run_eagerly(self, visit: Visit) -> None:
+        """Have a compiled module run as it is written, and say so the first time."""
+        if self._eagerly.call(visit) and not self.memory.told:
+            self.memory.told = True
+            tell(spelled(self.path_of(visit.module)))
 
     def _listen_at(self, modules: Iterable[torch.nn.Module]) -> None:
         """Put up an ear at each of these modules that has none."""

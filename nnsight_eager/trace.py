@@ -72,6 +72,10 @@ class Trace:
         self._allow_blocks_of_backward(*(frame.f_code for frame in opening_frames(user_frame())))
         return self
 
+    def __del__(self) -> None:
+        if isinstance(run := getattr(self, "_run", None), SharedRun):
+            run.__del__()  # the stack that an edit is paused on holds it, so it is not collected by itself
+
     @at_the_users_line
     def start(self, keep: bool = True) -> "HeldRun":
         """Begin the run and hold it by hand: paused before the first module, it stays open across cells and prompt lines.
@@ -173,10 +177,8 @@ class Trace:
         given = Given(inputs, keywords) if inputs or keywords else None
         assert self._division is not None
         assert self._invokes is not None
-        if self._division.batched:
-            invoke: Any = Invoke(self._invokes, given, rows is None)
-        else:
-            invoke = InvokeInPlace(self, given)
+        together = self._division.batched
+        invoke: Any = Invoke(self._invokes, given, rows is None) if together else InvokeInPlace(self, given)
         if isinstance(function, FunctionType):
             self._allow_blocks_of_backward(function.__code__)
         return invoke if function is None else invoke(function)
@@ -225,10 +227,8 @@ class Trace:
         in a padded batch they count padding, so count from the end where it is on the left.
         In an invoke the cache keeps the invoke's rows. Raises `PathError` for a path that names no module.
         """
-        cache, keep = (
-            Cache(own=self._tree.memory.aliases.own),
-            Keep(device, dtype, detach, include_output, include_inputs, positions),
-        )
+        cache = Cache(own=self._tree.memory.aliases.own)
+        keep = Keep(device, dtype, detach, include_output, include_inputs, positions)
         chosen = Envoy(self._tree.root, "", self._tree)._chosen(modules)
 
         def watch(run: Run) -> None:
