@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from .errors import CacheError, RowsError
+from .errors import CacheError, RowsError, ShardError
 from .nested import described, first_tensor, mapped, tensors
 from .paths import near, spelled
 from .shown import Shown
@@ -87,12 +87,12 @@ class Cache(Shown):
     def watcher(self, path: str, keep: Keep, part: Callable[[Any, str], Any], *, named: bool = True) -> Callable[[Visit], None]:
         """What is called at each visit of the module at `path`; `part` narrows a value to what is to be seen of it.
 
-        Where nobody has `named` the module, a value in which nothing is to be seen is left out.
+        Where nobody has `named` the module, a value in which nothing is to be seen, or that cannot be put together, is left out.
         """
         inputs: list[Any] = []
 
         def watch(visit: Visit) -> None:
-            with contextlib.nullcontext() if named else contextlib.suppress(RowsError):
+            with contextlib.nullcontext() if named else contextlib.suppress(RowsError, ShardError):
                 keep_visit(visit)
 
         def keep_visit(visit: Visit) -> None:

@@ -19,15 +19,20 @@ from .inside import Apart, Part
 from .order import Order
 from .paths import modules_above, path_in
 from .taps import put_up, take_down, tap_at
-from .visits import Forward, RootVisit, Visit, is_compiled, not_compiled
+from .visits import Between, Forward, RootVisit, Visit, is_compiled, not_compiled
 
 P = TypeVar("P", bound=Part)
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several that torch knows of."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Memory:
     """What the runs of one model leave for the next: the order learned for each kind of call, ears and parts to use again."""
 
-    __slots__ = ("aliases", "compiled", "orders", "parts", "visits")
+    __slots__ = ("aliases", "alone", "between", "compiled", "orders", "parts", "visits")
 
     def __init__(self, aliases: Aliases) -> None:
         """Nothing has run yet. `aliases` are the model's other names, which messages use."""
@@ -36,6 +41,16 @@ class Memory:
         self.visits: dict[int, Visit] = {}
         self.parts: dict[Hashable, Part] = {}
         self.compiled = False
+        self.alone = False  # nothing is to stand between
+        self.between: Between | None = None  # looked for before the first run of each kind of call
+
+    def look_between(self, root: torch.nn.Module, name: str) -> Between | None:
+        """What stands between the model and whoever asks, where several processes run it together."""
+        if self.between is None and not self.alone and name not in self.orders and is_distributed():
+            from .distributed.spread import spread_over
+
+            self.between = spread_over(root)
+        return self.between
 
     def part(self, key: Hashable, make: Callable[[], P]) -> P:
         """The part of this key: one for all runs of the model."""
@@ -159,7 +174,9 @@ class Ears:
         """An ear for `module`, which later runs use again."""
         if not self.open:
             raise RunEndedError("This run has ended.", "Read points inside the `with` block, or open a new trace.")
-        kind = RootVisit if module is self._root else Visit
+        kind: type[Visit] = RootVisit if module is self._root else Visit
+        if self.memory.between is not None:
+            kind = self.memory.between.ear(kind)
         visit = tap_at(not_compiled(kind)() if self.memory.compiled else kind(), module)
         visit.rest()
         self.visits[id(module)] = visit  # whole before it is kept: Ctrl-C may come between any two lines

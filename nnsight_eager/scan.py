@@ -43,9 +43,7 @@ class Scan(Trace):
         if any(isinstance(each, FakeTensor) for each in root.parameters()) or (self._run is not None and self._run.open):
             raise RunError("A scan of this model is open already.", "Leave its block before another is begun.")
         self._mode = mode = FakeTensorMode(allow_non_fake_inputs=True)
-        weights = {name: _fake(mode, each) for name, each in (*root.named_parameters(), *root.named_buffers())}
-        args, kwargs = mapped((self._real.args, self._real.kwargs), lambda tensor: _fake(mode, tensor))
-        self._call = Call("forward", torch.func.functional_call, (root, weights, args, kwargs), {})
+        self._call = fake_call(mode, root, self._real)
         mode.__enter__()
         try:
             super().__enter__()
@@ -127,6 +125,13 @@ def _shown(value: Any) -> str:
     """The tensors in a value, the first three of them in words."""
     every = [described(each) for each in tensors(value)]
     return ", ".join(every[:3]) + (f", {len(every) - 3} more" if len(every) > 3 else "")
+
+
+def fake_call(mode: FakeTensorMode, root: torch.nn.Module, call: Call) -> Call:
+    """The forward pass that `call` is, on fake arguments and with fake weights."""
+    weights = {name: _fake(mode, each) for name, each in (*root.named_parameters(), *root.named_buffers())}
+    args, kwargs = mapped((call.args, call.kwargs), lambda tensor: _fake(mode, tensor))
+    return Call("forward", torch.func.functional_call, (root, weights, args, kwargs), {})
 
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:

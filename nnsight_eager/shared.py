@@ -8,6 +8,7 @@ go on has: at one visit the bodies run in the order written, again and again unt
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -67,6 +68,10 @@ class Share:
         """A new value is about to be built of the one that is here."""
         self._run.settle(self._body)
         self._run.put_together(self.visit)
+
+    def local(self) -> AbstractContextManager[None]:
+        """Have values be what this process holds."""
+        return self.visit.local()
 
     def inputs_unchanged(self) -> bool:
         """Whether the inputs still hold what the module received."""
