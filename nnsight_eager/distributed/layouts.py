@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..aliases import Aliases
@@ -56,10 +57,11 @@ DIMENSIONS: Final = 8
 
 
 class Called(NamedTuple):
-    """What the root was called with."""
+    """What the root was called with, and whether gradients were on: libraries then compute in another way."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    grad: bool
 
 
 class Seen(NamedTuple):
@@ -75,12 +77,13 @@ Point = tuple[str, Kind]
 class Layouts:
     """What has been found out about the points of one model."""
 
-    def __init__(self, root: torch.nn.Module, ranks: Ranks) -> None:
+    def __init__(self, root: torch.nn.Module, mesh: DeviceMesh, ranks: Ranks) -> None:
         self._root = root
         self._ranks = ranks
         # Of half precision first: the fake form of torch's grouped product (2.13) has no other.
         self._twins = [undivided(root, torch.bfloat16), undivided(root, None)]
         self._packed = [*_packed(root)]
+        self._elsewhere = [*_divided_elsewhere(root, mesh)]
         self._known: dict[Hashable, Layout] = {}
         self._passes: set[Hashable] = set()
         self._in_caches: dict[Place, How] = {}
@@ -88,7 +91,7 @@ class Layouts:
     def at(self, module: torch.nn.Module, path: str, kind: Kind, called: Called) -> Layout:
         """The layout of a point's value; every rank asks at the same time. Nothing is known of what the small pass leaves out."""
         key, part = self._key(module, path, kind, called), module if isinstance(module, Part) else None
-        learned = key if part is not None else _flags(called)
+        learned = key if part is not None else _way(called)
         if key not in self._known and learned not in self._passes:
             self._ranks.agree(f"`{spelled(path, kind)}`, whose layout is not known yet")
             self._learn(part, kind, called)
@@ -101,13 +104,13 @@ class Layouts:
 
     def _key(self, module: torch.nn.Module, path: str, kind: Kind, called: Called) -> Hashable:
         if isinstance(module, Part):
-            return re.sub(r"\.\d+(?=\.)", ".*", path), type(module.owner), kind, _flags(called)
-        return path, kind, _flags(called)
+            return re.sub(r"\.\d+(?=\.)", ".*", path), type(module.owner), kind, _way(called)
+        return path, kind, _way(called)
 
     def _learn(self, part: Part | None, kind: Kind, called: Called) -> None:
         """Run the two passes and compare what they have come by."""
         call = self._small(called)
-        here = _pass(self._root, call, part, kind)
+        here = _pass(self._root, Call("forward", self._root, call.args, call.kwargs), part, kind, call.grad)
         whole = self._undivided(call, part, kind)
         table = [(point, place, seen) for point, each in here.items() for place, seen in each.items()]
         rows = self._compared([seen for *_, seen in table])
@@ -125,17 +128,17 @@ class Layouts:
         """What the passes are run with: the library's own example, else what the model was called with, and the same flags."""
         example = getattr(self._root, "dummy_inputs", None)
         if not isinstance(example, Mapping):
-            return Called(*mapped((called.args, called.kwargs), lambda tensor: tensor.detach().clone()))
+            return Called(*mapped((called.args, called.kwargs), lambda tensor: tensor.detach().clone()), called.grad)
         device = next(self._root.parameters()).device
         given = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in example.items()}
-        return Called((), {**given, **dict(_flags(called))})
+        return Called((), {**given, **_flags(called)}, called.grad)
 
     def _undivided(self, call: Called, part: Part | None, kind: Kind) -> dict[Point, dict[Place, Seen]] | None:
         """What the twin comes by; `None` where it cannot run on fake tensors."""
         for twin in self._twins:
             with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 like = None if part is None else part.of(twin.get_submodule(_path_of(part.owner, self._root)))
-                return _pass(twin, fake_call(mode, twin, Call("forward", twin, *call)), like, kind)
+                return _pass(twin, fake_call(mode, twin, Call("forward", twin, call.args, call.kwargs)), like, kind, call.grad)
         return None  # it does something that needs values
 
     def _compared(self, seen: list[Seen]) -> torch.Tensor:
@@ -148,6 +151,8 @@ class Layouts:
         """What the ranks' rows about one tensor, and the one that the twin has there, tell of it."""
         shapes, values = rows[:, :DIMENSIONS].long(), rows[:, DIMENSIONS:]
         same = bool((shapes == shapes[0]).all()) and torch.allclose(values, values[:1].expand_as(values), 1e-3, 1e-6, True)
+        if any(path.startswith(f"{scope}.") for scope in self._elsewhere):
+            return Untold("the module around it is divided in another way than the model, as experts are among ranks")
         if like is None:
             return None if same and not twin else Untold("an undivided model does not come by it")
         ends = shapes == -1
@@ -171,14 +176,13 @@ class Layouts:
         return Shard(dim)
 
 
-def _pass(root: torch.nn.Module, call: Any, part: Part | None, kind: Kind) -> dict[Point, dict[Place, Seen]]:
+def _pass(root: torch.nn.Module, call: Call, part: Part | None, kind: Kind, grad: bool) -> dict[Point, dict[Place, Seen]]:
     """Run the model on the small input, and note what there is at one part, or at every module."""
     memory = Memory(Aliases(root, None, object))
     memory.alone = True
-    made = call if isinstance(call, Call) else Call("forward", root, *call)
     seen: dict[Point, dict[Place, Seen]] = {}
-    with torch.no_grad(), torch.random.fork_rng(enabled=root.training):
-        run = Run(root, made, memory)
+    with torch.set_grad_enabled(grad), torch.random.fork_rng(enabled=root.training):
+        run = Run(root, call, memory)
         try:
             if part is not None:
                 seen[part.path, kind] = _asked(run, part, kind)
@@ -244,13 +248,27 @@ def how_at(layouts: Layouts, layout: Layout, place: Place) -> How:
     return layouts.in_cache(suffix) if suffix is not None else Untold("nothing like it was met when the layout was looked at")
 
 
-def _flags(called: Called) -> tuple[tuple[str, Any], ...]:
+def _flags(called: Called) -> dict[str, Any]:
     """The keywords that choose what a model computes, and are no data."""
-    return tuple(sorted((key, each) for key, each in called.kwargs.items() if isinstance(each, (bool, int, str))))
+    return {key: each for key, each in called.kwargs.items() if isinstance(each, (bool, int, str))}
+
+
+def _way(called: Called) -> Hashable:
+    """What tells apart calls that a model may compute in ways of their own."""
+    return called.grad, tuple(sorted(_flags(called).items()))
 
 
 def _path_of(module: torch.nn.Module, root: torch.nn.Module) -> str:
     return next(path for path, each in root.named_modules() if each is module)
+
+
+def _divided_elsewhere(root: torch.nn.Module, mesh: DeviceMesh) -> Iterator[str]:
+    """The modules whose weights are divided among the ranks of another mesh: what such a module computes on is not the whole."""
+    for name, weight in root.named_parameters():
+        if isinstance(weight, DTensor) and mesh.mesh_dim_names is not None:
+            names = weight.device_mesh.mesh_dim_names
+            if names is not None and not set(mesh.mesh_dim_names) & set(names):
+                yield name.rpartition(".")[0]
 
 
 def _packed(root: torch.nn.Module) -> Iterator[tuple[str, int, int]]:

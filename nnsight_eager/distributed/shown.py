@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from ..errors import EditError, ShardError
 from ..nested import as_where_made, described, is_cache, items, with_items
@@ -163,7 +163,8 @@ def piece_of(tensor: torch.Tensor, how: Shard, ranks: Ranks, point: str) -> Piec
         mesh, placements = tensor.device_mesh, tensor.placements
         with as_where_made(tensor):
             whole = tensor.full_tensor()
-        return Piece(tensor, whole, lambda new: distribute_tensor(new, mesh, placements, src_data_rank=None))
+        everywhere = [Replicate()] * mesh.ndim
+        return Piece(tensor, whole, lambda new: DTensor.from_local(new, mesh, everywhere).redistribute(placements=placements))
     sizes: Sequence[int] = ranks.agree(f"all of {point}", tensor.shape[how.dim])
     with as_where_made(tensor):
         whole = how.gathered(tensor, sizes, ranks)

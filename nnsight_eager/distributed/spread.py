@@ -38,7 +38,7 @@ class Spread:
         """Every rank makes one at the same time."""
         self.root = root
         self.ranks = Ranks(mesh.get_group())
-        self.layouts = Layouts(root, self.ranks)
+        self.layouts = Layouts(root, mesh, self.ranks)
         self._paths = {id(module): path for path, module in root.named_modules()}
 
     def path_of(self, module: torch.nn.Module) -> str:
@@ -68,6 +68,9 @@ def _mesh_of(root: torch.nn.Module) -> "DeviceMesh | None":
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
+    manager = getattr(root, "_mesh_manager", None)  # transformers' own
+    if manager is not None:
+        return manager.get_mesh("tp") if getattr(root, "_tp_size", 1) > 1 else None  # type: ignore[no-any-return]
     meshes = [each.device_mesh for each in root.parameters() if isinstance(each, DTensor)]
     if not meshes:
         return None
@@ -138,7 +141,7 @@ class SpreadEar(Visit):
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         forward = self.forward
         if forward is not None and self.module is forward.spread.root:
-            forward.called = Called(args, kwargs)
+            forward.called = Called(args, kwargs, torch.is_grad_enabled())
         return super().__call__(*args, **kwargs)
 
     def _pause(self, forward: Forward, held: Any) -> None:
@@ -225,7 +228,7 @@ class SpreadEar(Visit):
     def _how(self, kind: Kind, name: str, place: Place) -> Any:
         """How the tensor at a place in the outputs, or in the arguments, is divided."""
         spread = self.forward.spread
-        called = self.forward.called or Called((), {})
+        called = self.forward.called or Called((), {}, torch.is_grad_enabled())
         layout = spread.layouts.at(self.module, spread.path_of(self.module), kind, called)
         return how_at(spread.layouts, layout, place if name == "value" else ((0 if name == "args" else 1), *place))
 
