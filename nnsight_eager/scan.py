@@ -34,6 +34,11 @@ class Scan(Trace):
     def __init__(self, tree: Tree, call: Call) -> None:
         """Nothing runs before the block is entered."""
         super().__init__(tree, "scan", call, None)
+        if tree.memory.look_between(tree.root, "scan") is not None:
+            raise InputError(
+                "A scan of a model that is divided among ranks would show this rank's shapes.",
+                "Scan it in one process, where the weights need not be loaded: `LanguageModel(name).scan(...)`.",
+            )
         if call.function is not tree.root:
             raise InputError("A scan runs the forward pass of the model only.", "Leave `fn` away.")
         self._real = call

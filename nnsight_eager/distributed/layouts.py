@@ -82,7 +82,7 @@ class Layouts:
         self._ranks = ranks
         # Of half precision first: the fake form of torch's grouped product (2.13) has no other.
         self._twins = [undivided(root, torch.bfloat16), undivided(root, None)]
-        self._packed = [*_packed(root)]
+        self._packed = [*_packed(root, mesh)]
         self._elsewhere = [*_divided_elsewhere(root, mesh)]
         self._known: dict[Hashable, Layout] = {}
         self._passes: set[Hashable] = set()
@@ -211,10 +211,10 @@ def _note(seen: dict[Point, dict[Place, Seen]], path: str, visit: Visit) -> None
 
 
 def _seen(value: Any) -> dict[Place, Seen]:
-    return {place: Seen(tensor.shape, _told(tensor)) for place, tensor in placed(value)}
+    return {place: Seen(tensor.shape, told(tensor)) for place, tensor in placed(value)}
 
 
-def _told(tensor: torch.Tensor) -> list[float]:
+def told(tensor: torch.Tensor) -> list[float]:
     """Three numbers by which the values of two tensors differ, where they do."""
     if isinstance(tensor, (FakeTensor, DTensor)) or tensor.is_complex() or tensor.device.type == "meta":
         return [0.0] * 3
@@ -271,13 +271,17 @@ def _divided_elsewhere(root: torch.nn.Module, mesh: DeviceMesh) -> Iterator[str]
                 yield name.rpartition(".")[0]
 
 
-def _packed(root: torch.nn.Module) -> Iterator[tuple[str, int, int]]:
+def _packed(root: torch.nn.Module, mesh: DeviceMesh) -> Iterator[tuple[str, int, int]]:
     """Where packed weights are computed with: the path of a module, their local length, and how many are packed."""
     for name, weight in root.named_parameters():
-        for placement in weight.placements if isinstance(weight, DTensor) else ():
+        for number, placement in enumerate(weight.placements if isinstance(weight, DTensor) else ()):
+            names = weight.device_mesh.mesh_dim_names
+            if names is not None and mesh.mesh_dim_names is not None and names[number] not in mesh.mesh_dim_names:
+                continue  # FSDP divides what is divided already in pieces too, and puts them together again
             pieces = getattr(placement, "split_factor", 1)
             if pieces > 1:
                 path = name.rpartition(".")[0]
                 linear = isinstance(root.get_submodule(path), torch.nn.Linear)  # what it gives goes on in the module around it
-                yield path.rpartition(".")[0] if linear else path, weight.to_local().shape[placement.dim], pieces
+                length = weight.shape[placement.dim] // weight.device_mesh.size(number)
+                yield path.rpartition(".")[0] if linear else path, length, pieces
 

@@ -9,7 +9,9 @@ before each one the ranks tell each other what for, over a connection of their o
 """
 
 import hashlib
+import math
 import os
+import struct
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Final
@@ -45,11 +47,14 @@ class Ranks:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def agree(self, asked: str, number: int = 0) -> list[int]:
-        """Return when every rank has said that this is what it asks for; what each has given as its `number`."""
+    def agree(self, asked: str, number: int = 0, values: float = 0.0) -> list[int]:
+        """Return when every rank has said that this is what it asks for; what each has given as its `number`.
+
+        `values` tells the values of its edits so far from others.
+        """
         words = asked.encode()
-        said = hashlib.sha256(words).digest()[:16] + words[:BYTES]
-        own = torch.frombuffer(bytearray(number.to_bytes(8, "little") + said.ljust(BYTES + 16, b"\0")), dtype=torch.uint8)
+        said = struct.pack("<qd", number, values) + hashlib.sha256(words).digest()[:16] + words[:BYTES].ljust(BYTES, b"\0")
+        own = torch.tensor(list(said), dtype=torch.uint8, device="cpu")
         heard = [torch.empty_like(own) for _ in self.numbers]
         try:
             dist.all_gather(heard, own, group=self._words)
@@ -61,9 +66,16 @@ class Ranks:
                 asked={self.numbers[self.here]: asked},
             ) from None
         messages = [bytes(each.tolist()) for each in heard]
-        if any(each[8:] != messages[0][8:] for each in messages):
-            raise self._disagreement([each[24:].rstrip(b"\0").decode(errors="ignore") for each in messages])
-        return [int.from_bytes(each[:8], "little") for each in messages]
+        numbers, every = zip(*(struct.unpack_from("<qd", each) for each in messages), strict=True)
+        if any(each[16:] != messages[0][16:] for each in messages):
+            raise self._disagreement([each[32:].rstrip(b"\0").decode(errors="ignore") for each in messages])
+        if not all(math.isclose(each, every[0], rel_tol=1e-6) or each != each for each in every):
+            raise RanksError(
+                f"The ranks of this model have made edits with different values before they ask for {asked}.",
+                "Every rank has to make the same edit: seed random numbers alike on all, `torch.manual_seed(0)`.",
+                asked=dict.fromkeys(self.numbers, asked),
+            )
+        return list(numbers)
 
     def _disagreement(self, asked: Sequence[str]) -> RanksError:
         by_rank = dict(zip(self.numbers, asked, strict=True))

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..errors import EditError, ShardError
-from ..nested import as_where_made, described, is_cache, items, with_items
+from ..nested import as_where_made, described, is_cache, items, tensors, with_items
 from .layouts import CACHE, How, Place, Untold, placed
 from .ranks import Ranks
 from .shards import Shard
@@ -80,11 +80,21 @@ class Shown:
                 self._pieces[place] = piece_of(tensor, how, ranks, point)
         self.now = _rebuilt(value, {place: piece.whole for place, piece in self._pieces.items()}) if self._pieces else value
         self._given = self.now
+        self._versions = [(each, _version(each)) for each in tensors(self.now)]
 
     @property
     def is_stale(self) -> bool:
         """Whether it has to be put together again: this rank's part has changed, and nothing else."""
         return self.now is self._given and any(piece.is_stale for piece in self._pieces.values())
+
+    def edited(self) -> list[torch.Tensor]:
+        """The whole tensors that were changed, or stand in the place of others."""
+        if self.now is not self._given:
+            before = {id(each) for each in tensors(self._given)}
+            new = [each for each in tensors(self.now) if id(each) not in before]
+        else:
+            new = []
+        return new + [each for each, version in self._versions if _version(each) != version]
 
     def replace(self, now: Any) -> None:
         """Have `now` be in the place of the whole value; refused where it could not be divided."""

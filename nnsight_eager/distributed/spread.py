@@ -20,7 +20,7 @@ import torch
 from ..nested import described
 from ..paths import path_in, spelled
 from ..visits import INPUT, OUTPUT, Forward, Kind, Visit, refuse_in_checkpoint
-from .layouts import Called, Layouts, Place, how_at
+from .layouts import Called, Layouts, Place, how_at, told
 from .ranks import Ranks
 from .shown import Shown, parts_of
 
@@ -86,7 +86,7 @@ def _mesh_of(root: torch.nn.Module) -> "DeviceMesh | None":
 
 def _together(kind: type[Forward], spread: Spread, *given: Any, **kwargs: Any) -> Forward:
     forward: Any = kind(*given, **kwargs)
-    forward.spread, forward.stops, forward.called, forward.told = spread, {}, None, False
+    forward.spread, forward.stops, forward.called, forward.told, forward.at = spread, {}, None, False, None
     return forward  # type: ignore[no-any-return]
 
 
@@ -98,12 +98,13 @@ class Together(Forward):
     spread: Spread
     stops: dict[tuple[int, Kind], Visit]  # where somebody waits
     called: Called | None  # what the root was called with in this step
+    at: "SpreadEar | None"  # where it is paused
     told: bool  # whether the others know what this forward runs
 
     def resume(self) -> Any:
         """Go on until the next pause, as all ranks do."""
         if not (self._closing or self._traced):
-            self.spread.ranks.agree(self._asked())
+            self.spread.ranks.agree(self._asked(), values=0.0 if self.at is None else self.at.told_of_edits())
         return super().resume()
 
     def _asked(self) -> str:
@@ -146,7 +147,11 @@ class SpreadEar(Visit):
 
     def _pause(self, forward: Forward, held: Any) -> None:
         with self._whole_values():
-            super()._pause(forward, held)
+            self.forward.at = self
+            try:
+                super()._pause(forward, held)
+            finally:
+                self.forward.at = None
             self._go_on_with_parts()
             if self.skipped and self.kind is INPUT and "value" not in self.shown:
                 VALUE.__set__(self, self._parts(VALUE.__get__(self)))
@@ -162,6 +167,11 @@ class SpreadEar(Visit):
             self.gave = self.whole  # its gradient is the whole one
         self.whole = None
         return value
+
+    def told_of_edits(self) -> float:
+        """A number that tells what the values were changed to at this pause from what others may have changed them to."""
+        edited = [each for shown in (self.shown or {}).values() for each in shown.edited()]
+        return sum(sum(told(each)) for each in edited)
 
     def inputs_unchanged(self) -> bool:
         with self.local():
@@ -269,5 +279,5 @@ def _spread_ear(kind: type[Visit]) -> type[Visit]:
 
 @cache
 def _together_forward(kind: type[Forward]) -> type[Forward]:
-    names = ("called", "spread", "stops", "told")
+    names = ("at", "called", "spread", "stops", "told")
     return types.new_class("TogetherForward", (Together, kind), exec_body=lambda own: own.update(__slots__=names))
