@@ -87,7 +87,7 @@ class Cache(Shown):
     def watcher(self, path: str, keep: Keep, part: Callable[[Any, str], Any], *, named: bool = True) -> Callable[[Visit], None]:
         """What is called at each visit of the module at `path`; `part` narrows a value to what is to be seen of it.
 
-        Where nobody has `named` the module, a value in which nothing is to be seen, or that cannot be put together, is left out.
+        Where nobody has `named` the module, a value is left out in which nothing is to be seen, or that cannot be put together.
         """
         inputs: list[Any] = []
 

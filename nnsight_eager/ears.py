@@ -9,7 +9,7 @@ visited several times; the first run of a kind of call listens everywhere and le
 """
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -51,6 +51,11 @@ class Memory:
 
             self.between = spread_over(root)
         return self.between
+
+    def forward(self, root: torch.nn.Module, name: str, make: Callable[..., Forward]) -> Callable[..., Forward]:
+        """What makes the forwards of this kind of call, where `make` would."""
+        between = self.look_between(root, name)
+        return make if between is None else between.forward(make)
 
     def part(self, key: Hashable, make: Callable[[], P]) -> P:
         """The part of this key: one for all runs of the model."""
@@ -174,7 +179,7 @@ class Ears:
         """An ear for `module`, which later runs use again."""
         if not self.open:
             raise RunEndedError("This run has ended.", "Read points inside the `with` block, or open a new trace.")
-        kind: type[Visit] = RootVisit if module is self._root else Visit
+        kind: Any = RootVisit if module is self._root else Visit
         if self.memory.between is not None:
             kind = self.memory.between.ear(kind)
         visit = tap_at(not_compiled(kind)() if self.memory.compiled else kind(), module)

@@ -125,7 +125,7 @@ def _wrapped(wrapper: FunctionType) -> int | None:
 
 
 def _divides(wrapper: FunctionType) -> bool:
-    """Whether it is what transformers puts before a forward to divide a module among ranks, which does not say what it wraps."""
+    """Whether it is what transformers puts before a forward to divide a module; it does not say what it wraps."""
     return wrapper.__module__.startswith("transformers.distributed.")
 
 

@@ -8,7 +8,6 @@ go on has: at one visit the bodies run in the order written, again and again unt
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -28,13 +27,15 @@ from .waiting import Waiting
 class Share:
     """What one body sees of a visit: its own rows."""
 
-    __slots__ = ("_body", "_path", "_run", "visit")
+    __slots__ = ("_body", "_path", "_run", "inputs_unchanged", "local", "visit")
 
     def __init__(self, visit: Visit, body: Asker, run: "SharedRun", path: str) -> None:
         self.visit = visit
         self._body = body
         self._run = run
         self._path = path
+        self.local = visit.local
+        self.inputs_unchanged = visit.inputs_unchanged
 
     @property
     def kind(self) -> Kind:
@@ -68,14 +69,6 @@ class Share:
         """A new value is about to be built of the one that is here."""
         self._run.settle(self._body)
         self._run.put_together(self.visit)
-
-    def local(self) -> AbstractContextManager[None]:
-        """Have values be what this process holds."""
-        return self.visit.local()
-
-    def inputs_unchanged(self) -> bool:
-        """Whether the inputs still hold what the module received."""
-        return self.visit.inputs_unchanged()
 
     def part(self, whole: Any, kind: str) -> Any:
         """The body's rows of `whole`, a value of this visit."""

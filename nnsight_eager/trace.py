@@ -50,8 +50,7 @@ class Trace(OneOfRanks):
 
         Without a `call` the trace has no input of its own and is divided into invokes; without a `division` it cannot be.
         """
-        self._tree = tree
-        self._name = name
+        self._tree, self._name = tree, name
         self._call = call
         self._division = division
         self._run: Run | None = None

@@ -89,7 +89,7 @@ class Layouts:
         self._in_caches: dict[Place, How] = {}
 
     def at(self, module: torch.nn.Module, path: str, kind: Kind, called: Called) -> Layout:
-        """The layout of a point's value; every rank asks at the same time. Nothing is known of what the small pass leaves out."""
+        """The layout of a point's value; every rank asks at the same time. What the small pass leaves out is not in it."""
         key, part = self._key(module, path, kind, called), module if isinstance(module, Part) else None
         learned = key if part is not None else _way(called)
         if key not in self._known and learned not in self._passes:
@@ -128,7 +128,8 @@ class Layouts:
         """What the passes are run with: the library's own example, else what the model was called with, and the same flags."""
         example = getattr(self._root, "dummy_inputs", None)
         if not isinstance(example, Mapping):
-            return Called(*mapped((called.args, called.kwargs), lambda tensor: tensor.detach().clone()), called.grad)
+            args, kwargs = mapped((called.args, called.kwargs), lambda tensor: tensor.detach().clone())
+            return Called(args, kwargs, called.grad)
         device = next(self._root.parameters()).device
         given = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in example.items()}
         return Called((), {**given, **_flags(called)}, called.grad)
@@ -259,11 +260,12 @@ def _way(called: Called) -> Hashable:
 
 
 def _path_of(module: torch.nn.Module, root: torch.nn.Module) -> str:
-    return next(path for path, each in root.named_modules() if each is module)
+    path: str = next(path for path, each in root.named_modules() if each is module)
+    return path
 
 
 def _divided_elsewhere(root: torch.nn.Module, mesh: DeviceMesh) -> Iterator[str]:
-    """The modules whose weights are divided among the ranks of another mesh: what such a module computes on is not the whole."""
+    """The modules whose weights are divided among the ranks of another mesh: what such a one computes on is not the whole."""
     for name, weight in root.named_parameters():
         if isinstance(weight, DTensor) and mesh.mesh_dim_names is not None:
             names = weight.device_mesh.mesh_dim_names
@@ -274,14 +276,16 @@ def _divided_elsewhere(root: torch.nn.Module, mesh: DeviceMesh) -> Iterator[str]
 def _packed(root: torch.nn.Module, mesh: DeviceMesh) -> Iterator[tuple[str, int, int]]:
     """Where packed weights are computed with: the path of a module, their local length, and how many are packed."""
     for name, weight in root.named_parameters():
-        for number, placement in enumerate(weight.placements if isinstance(weight, DTensor) else ()):
-            names = weight.device_mesh.mesh_dim_names
-            if names is not None and mesh.mesh_dim_names is not None and names[number] not in mesh.mesh_dim_names:
-                continue  # FSDP divides what is divided already in pieces too, and puts them together again
+        divided = weight if isinstance(weight, DTensor) else None
+        for number, placement in enumerate(divided.placements if divided is not None else ()):
             pieces = getattr(placement, "split_factor", 1)
-            if pieces > 1:
+            if divided is not None and pieces > 1 and _is_along(divided.device_mesh, number, mesh):
                 path = name.rpartition(".")[0]
                 linear = isinstance(root.get_submodule(path), torch.nn.Linear)  # what it gives goes on in the module around it
-                length = weight.shape[placement.dim] // weight.device_mesh.size(number)
+                length = divided.shape[getattr(placement, "dim", 0)] // divided.device_mesh.size(number)
                 yield path.rpartition(".")[0] if linear else path, length, pieces
 
+
+def _is_along(whole: DeviceMesh, number: int, mesh: DeviceMesh) -> bool:
+    """Whether a dimension of a mesh is that of `mesh`: FSDP too divides in pieces, and puts them together again."""
+    return whole.mesh_dim_names is None or mesh.mesh_dim_names is None or whole.mesh_dim_names[number] in mesh.mesh_dim_names

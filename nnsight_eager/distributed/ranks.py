@@ -60,8 +60,8 @@ class Ranks:
             dist.all_gather(heard, own, group=self._words)
         except RuntimeError as error:
             raise RanksError(
-                f"Rank {self.numbers[self.here]} asks for {asked}, and another rank has not said within {self._limit:g} seconds "
-                f"what it asks for, or is gone ({str(error).strip().splitlines()[0][:120]}).",
+                f"Rank {self.numbers[self.here]} asks for {asked}, and another rank has not said within {self._limit:g} "
+                f"seconds what it asks for, or is gone ({str(error).strip().splitlines()[0][:120]}).",
                 "Every rank has to run the same script to its end; `NNSIGHT_EAGER_RANKS_TIMEOUT` gives them more seconds.",
                 asked={self.numbers[self.here]: asked},
             ) from None

@@ -57,7 +57,7 @@ class _Gathered(torch.autograd.Function):
         return shard.together(ranks.all_of(local.detach(), sizes, shard.dim))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         shard, sizes, ranks = ctx.how
         return shard.part(gradient, sizes, ranks.here), None, None, None
 
@@ -69,6 +69,6 @@ class _Split(torch.autograd.Function):
         return shard.part(whole, sizes, ranks.here)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         shard, sizes, ranks = ctx.how
         return shard.together(ranks.all_of(gradient, sizes, shard.dim)), None, None, None

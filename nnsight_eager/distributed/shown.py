@@ -52,6 +52,8 @@ class Piece:
             return self._split_as_made(now)
         if _version(self.whole) != self._versions[1] or (self.whole.is_inference() and self._differs()):
             part = self._split_as_made(self.whole)
+            if part.requires_grad or self.local.requires_grad:  # torch refuses to change what a function of ours has given
+                return part
             with as_where_made(self.local, part):  # in place too: what shares its memory changes as in one process
                 return self.local.copy_(part)
         return self._split_as_made(self.whole) if self.whole.requires_grad else self.local
@@ -78,6 +80,8 @@ class Shown:
                 raise untold(point, how)
             if how is not None:
                 self._pieces[place] = piece_of(tensor, how, ranks, point)
+            elif _is_fixed(tensor):
+                self._pieces[place] = Piece(tensor, tensor.clone(), _itself)
         self.now = _rebuilt(value, {place: piece.whole for place, piece in self._pieces.items()}) if self._pieces else value
         self._given = self.now
         self._versions = [(each, _version(each)) for each in tensors(self.now)]
@@ -130,7 +134,9 @@ class Shown:
             return now
         new = dict(items(now))
         changes = {
-            key: done for key, item in items(value) if (done := self._back(_below(place, value, key), item, new[key])) is not item
+            key: done
+            for key, item in items(value)
+            if (done := self._back(_below(place, value, key), item, new[key])) is not item
         }
         if not is_cache(value):
             return with_items(value, changes)
@@ -181,6 +187,18 @@ def piece_of(tensor: torch.Tensor, how: Shard, ranks: Ranks, point: str) -> Piec
     return Piece(tensor, whole, lambda new: how.split(new, sizes, ranks))
 
 
+def _is_fixed(tensor: torch.Tensor) -> bool:
+    """Whether torch refuses to change a tensor in place that it would let one change in one process.
+
+    A `DTensor` that has become a plain tensor again is a view that a function of Python's has made.
+    """
+    return tensor.requires_grad and tensor._is_view() and isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction)
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 def _rebuilt(value: Any, new: dict[Place, torch.Tensor], place: Place = ()) -> Any:
     """`value` with other tensors at these places; nothing given is changed."""
     if place in new:
@@ -198,4 +216,3 @@ def _below(place: Place, value: Any, key: Any) -> Place:
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-

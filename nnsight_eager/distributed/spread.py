@@ -47,7 +47,7 @@ class Spread:
 
     def ear(self, kind: type[Visit]) -> type[Visit]:
         """An ear of this kind whose values are whole while the model is paused there."""
-        return _spread_ear(kind)
+        return _spread_ear(kind)  # type: ignore[arg-type]
 
     def forward(self, make: Callable[..., Forward]) -> Callable[..., Forward]:
         """What makes a forward that goes on when all ranks want it to."""
@@ -70,7 +70,7 @@ def _mesh_of(root: torch.nn.Module) -> "DeviceMesh | None":
 
     manager = getattr(root, "_mesh_manager", None)  # transformers' own
     if manager is not None:
-        return manager.get_mesh("tp") if getattr(root, "_tp_size", 1) > 1 else None  # type: ignore[no-any-return]
+        return manager.get_mesh("tp") if getattr(root, "_tp_size", 1) > 1 else None
     meshes = [each.device_mesh for each in root.parameters() if isinstance(each, DTensor)]
     if not meshes:
         return None
@@ -84,9 +84,22 @@ def _mesh_of(root: torch.nn.Module) -> "DeviceMesh | None":
 # The forward
 
 
+class Going:
+    """What a forward and its ears share."""
+
+    __slots__ = ("at", "called", "spread", "stops", "told")
+
+    def __init__(self, spread: Spread) -> None:
+        self.spread = spread
+        self.stops: dict[tuple[int, Kind], Visit] = {}  # where somebody waits
+        self.at: SpreadEar | None = None  # where the model is paused
+        self.called: Called | None = None  # what the root was called with in this step
+        self.told = False  # whether the others know what this forward runs
+
+
 def _together(kind: type[Forward], spread: Spread, *given: Any, **kwargs: Any) -> Forward:
     forward: Any = kind(*given, **kwargs)
-    forward.spread, forward.stops, forward.called, forward.told, forward.at = spread, {}, None, False, None
+    forward.together = Going(spread)
     return forward  # type: ignore[no-any-return]
 
 
@@ -95,29 +108,26 @@ class Together(Forward):
 
     __slots__ = ()
 
-    spread: Spread
-    stops: dict[tuple[int, Kind], Visit]  # where somebody waits
-    called: Called | None  # what the root was called with in this step
-    at: "SpreadEar | None"  # where it is paused
-    told: bool  # whether the others know what this forward runs
+    together: Going
 
     def resume(self) -> Any:
         """Go on until the next pause, as all ranks do."""
         if not (self._closing or self._traced):
-            self.spread.ranks.agree(self._asked(), values=0.0 if self.at is None else self.at.told_of_edits())
+            at = self.together.at
+            self.together.spread.ranks.agree(self._asked(), values=0.0 if at is None else at.told_of_edits())
         return super().resume()
 
     def _asked(self) -> str:
         """What is waited for, in words that are the same on every rank."""
-        words = [f"`{spelled(self.spread.path_of(ear.module), kind)}`" for (_, kind), ear in self.stops.items()]
+        going = self.together
+        words = [f"`{spelled(going.spread.path_of(ear.module), kind)}`" for (_, kind), ear in going.stops.items()]
         if self.walking:
             words.append("the next point")
         if self.stop_at is not None:
             words.append(f"step {self.stop_at}")
         asked = f"{' and '.join(words) or 'the end of the forward pass'} in step {self.step}"
-        if not self.told:
-            self.told = True
-            assert self._call is not None
+        if not going.told and self._call is not None:
+            going.told = True
             _, args, kwargs = self._call
             asked += f", of a call with {described((*args, *kwargs.values()))}"
         return asked
@@ -129,34 +139,43 @@ class Together(Forward):
 class SpreadEar(Visit):
     """An ear whose values are whole while the model is paused there, and this rank's while it runs."""
 
-    __slots__ = ()
+    __slots__ = ("as_held", "shown", "whole")
 
     forward: Any
     shown: dict[str, Shown] | None  # while the model is paused or watched; `None` while it runs
     as_held: bool  # what is asked for is this rank's
+    whole: Any  # what the model has gone on with a part of
 
     def rest(self) -> None:
-        self.shown, self.as_held = None, False
+        """Refer to no run and to no call."""
+        self.shown, self.as_held, self.whole = None, False, None
         super().rest()
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """One call of the module."""
         forward = self.forward
-        if forward is not None and self.module is forward.spread.root:
-            forward.called = Called(args, kwargs, torch.is_grad_enabled())
+        if forward is not None and self.module is forward.together.spread.root:
+            forward.together.called = Called(args, kwargs, torch.is_grad_enabled())
         return super().__call__(*args, **kwargs)
+
+    @property
+    def going(self) -> Going:
+        """What is shared with the forward."""
+        return self.forward.together  # type: ignore[no-any-return]
 
     def _pause(self, forward: Forward, held: Any) -> None:
         with self._whole_values():
-            self.forward.at = self
+            self.going.at = self
             try:
                 super()._pause(forward, held)
             finally:
-                self.forward.at = None
+                self.going.at = None
             self._go_on_with_parts()
-            if self.skipped and self.kind is INPUT and "value" not in self.shown:
+            if self.skipped and self.kind is INPUT and "value" not in (self.shown or {}):
                 VALUE.__set__(self, self._parts(VALUE.__get__(self)))
 
     def tell_watchers(self) -> None:
+        """Have the watchers see the call, and whole values."""
         with self._whole_values():
             super().tell_watchers()
 
@@ -174,6 +193,7 @@ class SpreadEar(Visit):
         return sum(sum(told(each)) for each in edited)
 
     def inputs_unchanged(self) -> bool:
+        """Whether the inputs still hold what the module received."""
         with self.local():
             return super().inputs_unchanged()
 
@@ -207,7 +227,7 @@ class SpreadEar(Visit):
             if name == "value" and self.kind is OUTPUT:
                 self.whole = shown.now
             if new is not held:
-                refuse_in_checkpoint(sys._getframe(), spelled(self.forward.spread.path_of(self.module), self.kind))
+                refuse_in_checkpoint(sys._getframe(), spelled(self.going.spread.path_of(self.module), self.kind))
                 slot.__set__(self, new)
 
     def _read(self, name: str) -> Any:
@@ -217,7 +237,7 @@ class SpreadEar(Visit):
         shown = self.shown.get(name)
         if shown is None or shown.is_stale:
             kind: Kind = OUTPUT if name == "value" else INPUT
-            shown = self.shown[name] = Shown(held, partial(self._how, kind, name), self.forward.spread.ranks, self._point(kind))
+            shown = self.shown[name] = Shown(held, partial(self._how, kind, name), self.going.spread.ranks, self._point(kind))
         return shown.now
 
     def _write(self, name: str, value: Any) -> None:
@@ -226,24 +246,24 @@ class SpreadEar(Visit):
             if self.shown is not None:
                 self.shown.pop(name, None)
                 if self.as_held and name == "value" and self.kind is INPUT:
-                    self.shown[name] = Shown(value, _as_it_is, self.forward.spread.ranks, "")
+                    self.shown[name] = Shown(value, _as_it_is, self.going.spread.ranks, "")
             return
         self._read(name)
         self.shown[name].replace(value)
 
     def _parts(self, whole: Any) -> Any:
-        ranks = self.forward.spread.ranks
+        ranks = self.going.spread.ranks
         return parts_of(whole, partial(self._how, OUTPUT, "value"), ranks, self._point(OUTPUT))
 
     def _how(self, kind: Kind, name: str, place: Place) -> Any:
         """How the tensor at a place in the outputs, or in the arguments, is divided."""
-        spread = self.forward.spread
-        called = self.forward.called or Called((), {}, torch.is_grad_enabled())
+        spread = self.going.spread
+        called = self.going.called or Called((), {}, torch.is_grad_enabled())
         layout = spread.layouts.at(self.module, spread.path_of(self.module), kind, called)
         return how_at(spread.layouts, layout, place if name == "value" else ((0 if name == "args" else 1), *place))
 
     def _point(self, kind: Kind) -> str:
-        return f"`{spelled(self.forward.spread.path_of(self.module), kind)}`"
+        return f"`{spelled(self.going.spread.path_of(self.module), kind)}`"
 
 
 def _as_it_is(place: Place) -> None:
@@ -262,9 +282,9 @@ def _stop(slot: Any, kind: Kind) -> property:
         slot.__set__(ear, value)
         if ear.forward is not None:
             if value:
-                ear.forward.stops[id(ear), kind] = ear
+                ear.going.stops[id(ear), kind] = ear
             else:
-                ear.forward.stops.pop((id(ear), kind), None)
+                ear.going.stops.pop((id(ear), kind), None)
 
     return property(lambda ear: slot.__get__(ear), write)
 
@@ -273,11 +293,10 @@ def _stop(slot: Any, kind: Kind) -> property:
 def _spread_ear(kind: type[Visit]) -> type[Visit]:
     own = {name: _value(name) for name in SLOTS}
     own |= {"stop_before": _stop(BEFORE, INPUT), "stop_after": _stop(AFTER, OUTPUT)}
-    own["__slots__"] = ("as_held", "shown", "whole")  # type: ignore[assignment]
+    own["__slots__"] = ()  # type: ignore[assignment]
     return types.new_class("Spread", (SpreadEar, kind), exec_body=lambda names: names.update(own))
 
 
 @cache
 def _together_forward(kind: type[Forward]) -> type[Forward]:
-    names = ("at", "called", "spread", "stops", "told")
-    return types.new_class("TogetherForward", (Together, kind), exec_body=lambda own: own.update(__slots__=names))
+    return types.new_class("TogetherForward", (Together, kind), exec_body=lambda own: own.update(__slots__=("together",)))

@@ -18,7 +18,7 @@ def undivided(root: torch.nn.Module, dtype: torch.dtype | None) -> torch.nn.Modu
     if _divides_experts(root):  # the library then writes into the experts how many this rank has
         config = copy.deepcopy(root.config)
         with torch.device("meta"):
-            twin = type(root)._from_config(config).train(root.training)  # type: ignore[operator]
+            twin = type(root)._from_config(config).train(root.training)  # type: ignore[attr-defined]
     else:
         twin = _copied(root, {})
     for weight in twin.parameters() if dtype is not None else ():
