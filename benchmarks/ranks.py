@@ -54,17 +54,17 @@ def main(folder: str, rounds: int) -> None:
     def whole_already(ids: torch.Tensor) -> None:
         with model.trace(ids):
             for layer in model.model.layers:
-                layer.output
+                _ = layer.output
 
     def put_together(ids: torch.Tensor) -> None:
         with model.trace(ids):
             for layer in model.model.layers:
-                layer.mlp.act_fn.output
+                _ = layer.mlp.act_fn.output
 
     def local(ids: torch.Tensor) -> None:
         with model.trace(ids):
             for layer in model.model.layers:
-                layer.mlp.act_fn.local.output
+                _ = layer.mlp.act_fn.local.output
 
     def replaced(ids: torch.Tensor) -> None:
         with model.trace(ids):

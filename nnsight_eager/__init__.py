@@ -11,6 +11,7 @@ with model.trace("The Eiffel Tower is in the city of"):
 
 from typing import Any
 
+from . import plot as plot
 from .activations import Activations as Activations
 from .cache import Cache as Cache
 from .compat import add_save_to_tensors, save as save
@@ -50,6 +51,7 @@ from .interactive.predicates import has_inf as has_inf, has_nan as has_nan, norm
 from .language import LanguageModel as LanguageModel
 from .model import NNsight as NNsight
 from .nested import shapes as shapes
+from .summaries import summary as summary
 from .trace import Trace as Trace
 from .tree import Envoy as Envoy
 

@@ -178,7 +178,8 @@ class Ears:
     def _new_ear(self, module: torch.nn.Module) -> Visit:
         """An ear for `module`, which later runs use again."""
         if not self.open:
-            raise RunEndedError("This run has ended.", "Read points inside the `with` block, or open a new trace.")
+            in_a_block = "Read points inside the `with` block, or open a new trace."
+            raise RunEndedError("This run has ended.", self._forward.again if self._forward.by_hand else in_a_block)
         kind: Any = RootVisit if module is self._root else Visit
         if self.memory.between is not None:
             kind = self.memory.between.ear(kind)

@@ -69,7 +69,10 @@ class Extraction:
 
     def write(self, folder: Path) -> None:
         """Make what is missing in `folder`; nothing runs where all is there."""
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ExtractError(f"`{folder}` is a file.", "Give a folder, which need not exist yet.") from None
         with _alone_in(folder):
             index = self._index_in(folder)
             for part in folder.glob("shard-*.part"):  # of whoever was killed: nobody else is at work here
@@ -113,7 +116,7 @@ class Extraction:
             "batch_tokens": self._options.batch_tokens,
             "shard_bytes": self._options.shard_bytes,
             "weights": _digest([*map(_sampled, self._model._module.state_dict().items())]),
-            "edits": [edit.label for edit in self._model._tree.edits],
+            "edits": [[edit.label, _digest([*map(_plain, edit.settings)])] for edit in self._model._tree.edits],
         }
 
     def _shards(self, points: Mapping[str, Form]) -> list[list[Batch]]:
@@ -216,6 +219,11 @@ def _not_by_token(path: str, value: torch.Tensor | None, shape: Sequence[int]) -
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _plain(setting: Any) -> Any:
+    """A setting of an edit as JSON: all of a tensor, since two steering vectors may differ anywhere."""
+    return [str(setting.dtype), setting.detach().double().tolist()] if isinstance(setting, torch.Tensor) else repr(setting)
 
 
 def _sampled(named: tuple[str, Any]) -> list[Any]:

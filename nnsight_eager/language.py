@@ -8,9 +8,11 @@ model.tokenizer.decode(tracer.result[0])
 """
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -51,6 +53,23 @@ class Generator:
 
     def __repr__(self) -> str:
         return "model.generator: its `output` is what `model.generate(...)` returns"
+
+
+class Generation(Trace):
+    """A trace of a generation. It has no graph, so where its code asks autograd for a gradient, torch's error says why."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+        try:
+            _say_no_graph(error)
+            return super().__exit__(kind, error, traceback)
+        except RuntimeError as raised:  # by the block of an invoke
+            _say_no_graph(raised)
+            raise
+
+
+def _say_no_graph(error: BaseException | None) -> None:
+    if isinstance(error, RuntimeError) and re.search("requires?[ _]grad", str(error)):
+        error.add_note("Transformers' `generate` runs under `torch.no_grad()`: use `model.trace` for gradients.")
 
 
 class LanguageModel(NNsight):
@@ -246,15 +265,16 @@ class LanguageModel(NNsight):
 
     def _traced(self, name: str, inputs: tuple[Any, ...], keywords: dict[str, Any], batched: bool) -> Trace:
         """A trace of one call; where nothing says what to run on, that is left to invokes."""
+        begin = Generation if name == "generate" else Trace
         if inputs or any(keywords.get(content) is not None for content in CONTENT):
-            return Trace(self._tree, name, self._called(name, self._inputs.prepare(inputs, keywords)), None)
+            return begin(self._tree, name, self._called(name, self._inputs.prepare(inputs, keywords)), None)
 
         def together(given: Sequence[Given]) -> tuple[Call, list[int]]:
             tokenizing, others = for_tokenizer(keywords)
             batch, sizes = self.batch([Given(each.args, {**tokenizing, **each.kwargs}) for each in given])
             return self._called(name, with_shared(batch, others).kwargs), sizes
 
-        return Trace(self._tree, name, None, Division(together, batched))
+        return begin(self._tree, name, None, Division(together, batched))
 
     def _called(self, name: str, prepared: dict[str, Any]) -> Call:
         """The call of `forward` or `generate` on inputs that are prepared."""

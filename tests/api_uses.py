@@ -15,9 +15,11 @@ from nnsight_eager import (
     Trace,
     has_nan,
     norm_above,
+    plot,
     save,
     shape_is,
     shapes,
+    summary,
 )  # fmt: skip
 
 
@@ -150,3 +152,12 @@ def held_by_hand(model: LanguageModel) -> list[str]:
     with model.trace("The Eiffel Tower", keep=True) as tracer:
         tracer.model.transformer.h[5].output
     return run.paths()
+
+
+def look_and_draw(model: LanguageModel, logits: torch.Tensor, pattern: torch.Tensor) -> None:
+    line: str = str(summary(logits))
+    tokens: list[str] = plot.tokens(model, line)
+    figure: plot.Plot = plot.logit_lens(logits, tokens, model.tokenizer.decode)
+    figure.save("lens.png")
+    plot.attention(pattern, tokens, heads=[0, 1]).save("attention.png")
+    plot.patching(logits[:, :, 0], tokens).figure.suptitle("A title")

@@ -179,7 +179,7 @@ class Layouts:
 
 def _pass(root: torch.nn.Module, call: Call, part: Part | None, kind: Kind, grad: bool) -> dict[Point, dict[Place, Seen]]:
     """Run the model on the small input, and note what there is at one part, or at every module."""
-    memory = Memory(Aliases(root, None, object))
+    memory = Memory(Aliases(root, None, object, object))
     memory.alone = True
     seen: dict[Point, dict[Place, Seen]] = {}
     with torch.set_grad_enabled(grad), torch.random.fork_rng(enabled=root.training):
