@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from .errors import CacheError, RowsError
+from .errors import CacheError, RowsError, ShardError
 from .folding import folded
 from .nested import copied, described, first_tensor, tensors
 from .paths import near, spelled
@@ -89,12 +89,12 @@ class Cache(Shown):
     def watcher(self, path: str, keep: Keep, part: Callable[[Any, str], Any], *, named: bool = True) -> Callable[[Visit], None]:
         """What is called at each visit of the module at `path`; `part` narrows a value to what is to be seen of it.
 
-        Where nobody has `named` the module, a value in which nothing is to be seen is left out.
+        Where nobody has `named` the module, a value is left out in which nothing is to be seen, or that cannot be put together.
         """
         inputs: list[Any] = []
 
         def watch_unnamed(visit: Visit) -> None:
-            with contextlib.suppress(RowsError):
+            with contextlib.suppress(RowsError, ShardError):
                 keep_visit(visit)
 
         def keep_visit(visit: Visit) -> None:

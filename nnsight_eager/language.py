@@ -21,7 +21,7 @@ from .activations import Activations
 from .aliases import Rename
 from .batching import Given, joined, with_shared
 from .dataset import Row, refuse_longer, token_rows
-from .errors import InputError, LoadError
+from .errors import ExtractError, InputError, LoadError
 from .extraction import Extraction, Options
 from .inputs import Inputs, for_tokenizer
 from .invokes import Division
@@ -224,6 +224,11 @@ class LanguageModel(NNsight):
         """
         rows = token_rows(texts, self.tokenizer, column, max_length)
         self.dispatch()
+        if self._tree.memory.look_between(self._module, "extract") is not None:
+            raise ExtractError(
+                "Activations of a model that is divided among ranks cannot be extracted: each rank would write the folder.",
+                "Keep them with `tracer.cache(...)`, and save that `if tracer.rank0:`.",
+            )
         refuse_longer(rows, getattr(getattr(self._module, "config", None), "max_position_embeddings", None))
         modules = self._chosen(() if points is None else points)
         options = Options(batch_tokens, dtype, shard_bytes)

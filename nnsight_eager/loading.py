@@ -5,6 +5,7 @@ source.skeleton()     # on the meta device: names and shapes, no weights
 source.load()         # the model
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ AUTOMODELS = {
 }
 # The options that say where a file is, which a configuration and a tokenizer take as well.
 WHERE = ("revision", "trust_remote_code", "cache_dir", "token", "local_files_only", "subfolder")
+
+# The options that divide a model among ranks.
+DIVIDING = ("tp_plan", "tp_size", "distributed_config")
 
 
 class Source(NamedTuple):
@@ -44,9 +48,31 @@ class Source(NamedTuple):
     def load(self) -> torch.nn.Module:
         """The model with its weights, in evaluation mode; transformers shows its progress."""
         try:
-            return self.automodel.from_pretrained(self.name, **self.options)  # type: ignore[no-any-return]
+            return self.automodel.from_pretrained(self.name, **divided(self.options))  # type: ignore[no-any-return]
         except OSError as error:
             raise _not_found(self.name, error) from error
+        except ValueError as error:
+            if not set(DIVIDING) & self.options.keys():
+                raise
+            raise LoadError(
+                f"`{self.name}` cannot be divided among ranks: {str(error).strip().splitlines()[0]}",
+                "Leave `tp_plan` away, or give a plan of your own: `distributed_config=DistributedConfig(tp_plan={...})`.",
+            ) from error
+
+
+def divided(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with a plan by itself, as transformers 4 and 5.0 take it, in the configuration that later ones want."""
+    plan = {key: options[key] for key in ("tp_plan", "tp_size") if options.get(key) is not None}
+    if not plan:
+        return options
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError:
+        return options
+    if not {each.name for each in dataclasses.fields(DistributedConfig)} >= plan.keys():
+        return options
+    rest = {key: each for key, each in options.items() if key not in ("tp_plan", "tp_size")}
+    return {**rest, "distributed_config": DistributedConfig(**plan)}
 
 
 def source(name: str, options: dict[str, Any], automodel: Any = None) -> Source:

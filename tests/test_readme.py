@@ -14,9 +14,9 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_every_block_runs(block, folder, tmp_path, monkeypatch, capsys):
     script = tmp_path / "block.py"
-    for name in ("openai-community/gpt2", "llava-hf/llava-1.5-7b-hf"):
-        if name in block:
-            block = block.replace(name, str(folder("llava" if "llava" in name else "gpt2")))
+    names = {"openai-community/gpt2": "gpt2", "meta-llama/Llama-3.1-8B": "llama", "llava-hf/llava-1.5-7b-hf": "llava"}
+    for name, kind in names.items():
+        block = block.replace(name, str(folder(kind))) if name in block else block
     script.write_text(block)
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script))
