@@ -139,9 +139,8 @@ class Paused:
         versions = _versions(now)
         both = range(0 if rebuilt else len(now))
         replaced = frozenset(n for n in both if now[n] is not self._tensors[n])
-        written = {
-            id(each) for each, copy in zip(small_tensors(value), self._copies, strict=False) if _is_rewritten(each, copy)
-        }
+        copies = zip(small_tensors(value), self._copies, strict=False)
+        written = {id(each) for each, copy in copies if _is_rewritten(each, copy)}
         in_place = frozenset(
             n for n in both if n not in replaced and (versions[n] != self._versions[n] or id(now[n]) in written)
         )

@@ -133,17 +133,16 @@ class Recording:
         at = run.walk()
         assert at is visit
         journal.going[-1].inside.update(kept.inside)
-        changes = earlier.journal.changes_in(kept)
-        journal.changes |= changes
-        for changed in changes.values():
-            self._written_before(run, changed.place, earlier)
-        journal.drawn |= {key: each for key, each in earlier.journal.drawn.items() if kept.has(key)}
         for number, there in kept.inside.items():
             if number in earlier.journal.shapes:
                 journal.shapes[number] = earlier.journal.shapes[number]
             journal.last |= {(number, INPUT): there._replace(kind=INPUT), (number, OUTPUT): there}
         for target, source in zip(objects, kept.objects.thawed() if kept.objects is not None else (), strict=True):
             put_into(target, source)
+        for key, changed in earlier.journal.changes_in(kept).items():
+            journal.changes[key] = changed  # it is in what the module gave, and has to be made should it be called once more
+            self._written_before(run, changed.place, earlier)
+        journal.drawn |= {key: each for key, each in earlier.journal.drawn.items() if kept.has(key)}
         kept.random.put()
         return True
 
