@@ -98,7 +98,7 @@ class HeldRun(Shown, Trace):
     def __enter__(self) -> "HeldRun":
         return self
 
-    def __exit__(  # type: ignore[override]  # it lets every error pass
+    def __exit__(  # it lets every error pass
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
