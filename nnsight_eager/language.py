@@ -58,7 +58,7 @@ class Generator:
 class Generation(Trace):
     """A trace of a generation. It has no graph, so where its code asks autograd for a gradient, torch's error says why."""
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
             _say_no_graph(error)
             return super().__exit__(kind, error, traceback)

@@ -64,9 +64,9 @@ class Scan(Trace):
         """A scan has one input."""
         raise InvokeError("A scan has one input, so it has no invokes.", "Scan a list: `with model.scan([one, other]):`.")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
-            return super().__exit__(kind, error, traceback)
+            return super().__exit__(kind, error, traceback)  # what is true leaves the block quietly
         finally:
             self._mode.__exit__(None, None, None)
             if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):

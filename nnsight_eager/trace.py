@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import CodeType, FunctionType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -88,10 +88,10 @@ class Trace(OneOfRanks):
 
         return HeldRun.begun(self, keep)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         without_our_frames(traceback)  # the reader's own lines remain
         try:
-            return self._leave(error)
+            return self._leave(error)  # type: ignore[return-value]  # `bool`, and a checker would take names for unbound
         except BaseException as raised:
             raised.__traceback__ = without_our_frames(raised.__traceback__)
             raise
@@ -369,7 +369,7 @@ class Trace(OneOfRanks):
             raise StepError(f"`tracer.next({step})` would not go forward.", "A model runs its steps in order: `tracer.next()`.")
         run.to_step(run.step + step)
 
-    def stop(self) -> NoReturn:
+    def stop(self) -> None:  # not `NoReturn`: what is behind the block is reached
         """Close the forward pass and leave the block: nothing behind this point is computed."""
         run = self._opened()
         if not run.open:

@@ -182,9 +182,10 @@ MAY_IMPORT = {
     "lens": {"errors", "language", "tree"},
     "interactive.__init__": set(),
     "interactive.frozen": set(),
+    "interactive.random_numbers": set(),
     "interactive.predicates": set(),
     "interactive.into": {"coroutine", "run", "visits"},
-    "interactive.journal": {"interactive.frozen", "nested", "visits"},
+    "interactive.journal": {"interactive.random_numbers", "interactive.frozen", "nested", "visits"},
     "interactive.display": {
         "changes",
         "coroutine",
@@ -197,6 +198,7 @@ MAY_IMPORT = {
         "visits",
     },
     "interactive.recording": {
+        "interactive.random_numbers",
         "changes",
         "errors",
         "inside",
@@ -210,6 +212,7 @@ MAY_IMPORT = {
     "interactive.left_behind": {"changes", "paths", "run"},
     "interactive.pointing": {"errors", "paths", "tree", "visits"},
     "interactive.held": {
+        "interactive.random_numbers",
         "cache",
         "compat",
         "current",

@@ -30,22 +30,13 @@ from ..trace import Trace
 from ..tracebacks import at_the_users_line
 from ..tree import Envoy
 from ..visits import FIRST, INPUT, NEXT, OUTPUT, Kind, Place, Visit, Which
-from .display import (
-    Edits,
-    Locals,
-    Where,
-    idle,
-    model_frame,
-    reached,
-    receipt,
-    shown_value,
-    stale,
-)
+from .display import Edits, Locals, Where, idle, model_frame, reached, receipt, shown_value, stale
 from .into import walk_into_code
-from .journal import HeldForward, random_numbers_as_they_are, value_at
+from .journal import HeldForward, value_at
 from .left_behind import close_and_say, say
 from .pointing import pointed_at
 from .predicates import Predicate
+from .random_numbers import random_numbers_as_they_are
 from .recording import Recording
 
 
@@ -98,7 +89,7 @@ class HeldRun(Shown, Trace):
     def __enter__(self) -> "HeldRun":
         return self
 
-    def __exit__(  # type: ignore[override]  # it lets every error pass
+    def __exit__(  # it lets every error pass
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()

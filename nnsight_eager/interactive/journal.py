@@ -8,8 +8,7 @@ Another forward pass is led to the same place by it: see `recording`.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -17,32 +16,10 @@ import torch
 from ..nested import described, first_tensor, mapped, small_tensors, tensors
 from ..visits import INPUT, OUTPUT, Forward, Kind, Place, Visit
 from .frozen import BY_REFERENCE, Frozen, frozen
+from .random_numbers import Random
 
 Key = tuple[int, Kind, int, int]
 """Tells a place: the identity of its module, before or behind its forward, the step and the visit in it."""
-
-
-class Random(NamedTuple):
-    """Where torch's random numbers are: of the processor and of each accelerator in use."""
-
-    states: list[torch.Tensor]
-
-    @classmethod
-    def now(cls) -> "Random":
-        """Where they are now."""
-        return cls([torch.default_generator.get_state(), *(torch.cuda.get_rng_state_all() if _cuda_in_use() else ())])
-
-    def put(self) -> None:
-        """Have them go on from here."""
-        torch.default_generator.set_state(self.states[0])
-        if len(self.states) > 1:
-            torch.cuda.set_rng_state_all(self.states[1:])
-
-    def same(self, other: "Random | None") -> bool:
-        """Whether the same numbers come next."""
-        if other is None or len(self.states) != len(other.states):
-            return False
-        return all(map(torch.equal, self.states, other.states))
 
 
 class Kept(NamedTuple):
@@ -181,7 +158,7 @@ class Journal:
         Where the user has drawn or seeded, what that has left; it belongs to this run from now on.
         """
         now = Random.now()
-        come_next = self.random if self.random is not None and now.same(HeldForward.left_random) else now
+        come_next = self.random if self.random is not None and now.same(Random.left) else now
         self.go_on_with(come_next)
         return come_next
 
@@ -232,7 +209,7 @@ class Journal:
     def arrive(self, visit: Visit) -> None:
         """The run has been led to where the user is."""
         self.led = False
-        self.random = HeldForward.left_random = Random.now()
+        self.random = Random.left = Random.now()
         self.pause_at(visit)
 
     def pause_at(self, visit: Visit) -> None:
@@ -295,7 +272,6 @@ class HeldForward(Forward):
 
     by_hand = True
     again = "`run.restart()` begins it again, `run.back_to(...)` goes back to a point."
-    left_random: Random | None = None  # where the random numbers were when a held run of any model last paused or ended
 
     def __init__(self, journal: Journal, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(function, *args, **kwargs)
@@ -321,27 +297,12 @@ class HeldForward(Forward):
             journal.paused = None if self.finished else paused  # a refusal: it is where it was
             raise
         finally:
-            journal.random = HeldForward.left_random = Random.now()
+            journal.random = Random.left = Random.now()
         if visit is not None:
             journal.pause_at(visit)
             if journal.watch not in visit.watchers:  # a part of a module, asked for meanwhile
                 visit.watchers = (*visit.watchers, journal.watch)
         return visit
-
-
-@contextmanager
-def random_numbers_as_they_are() -> Iterator[None]:
-    """Have the random numbers be afterwards what they are now, whatever held runs draw in this block."""
-    now, left = Random.now(), HeldForward.left_random
-    try:
-        yield
-    finally:
-        now.put()
-        HeldForward.left_random = left
-
-
-def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def form_of(shape: torch.Size, dtype: torch.dtype) -> str:

@@ -24,7 +24,8 @@ from ..paths import spelled
 from ..run import Call, Run
 from ..visits import INPUT, OUTPUT, Forward, Place, Visit
 from .frozen import put_into
-from .journal import Changed, HeldForward, Journal, Kept, Key, Random, objects_of, value_at
+from .journal import Changed, HeldForward, Journal, Kept, Key, objects_of, value_at
+from .random_numbers import Random
 
 Start = Callable[[Call, Callable[..., Forward]], Run]
 """Makes a run of a call, whose coroutine is made by the second argument."""
