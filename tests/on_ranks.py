@@ -685,6 +685,27 @@ def a_plan_of_torchs_own_and_dtensors():
             assert isinstance(divided.act.local.output, DTensor) is not plain
 
 
+class Reused(Perceptron):
+    """Calls one module on what is divided, and on what is whole."""
+
+    def forward(self, x):
+        return self.act(self.down(self.act(self.up(x))))
+
+
+@check
+def a_module_that_is_divided_in_one_visit_and_not_in_another_is_refused():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("tp",))
+    divided = NNsight(parallelize_module(Reused(), mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()}))
+    x = torch.linspace(-1, 1, 24).reshape(3, 8)
+    with divided.trace(x):
+        error = refused(lambda: divided.act.output, nnsight_eager.ShardError)
+        assert "in different ways at its visits" in str(error), error
+        assert divided.act.local.output.shape == (3, 16 // mesh.size())
+
+
 @check
 def fully_sharded_weights_are_read_and_edited_as_usual():
     from torch.distributed.device_mesh import init_device_mesh

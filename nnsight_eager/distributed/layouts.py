@@ -71,7 +71,8 @@ class Seen(NamedTuple):
     values: list[float]
 
 
-Point = tuple[str, Kind]
+Point = tuple[str, Kind, int]
+"""The path of a module or a part, its inputs or its output, and which of its visits in the pass."""
 
 
 class Layouts:
@@ -114,10 +115,13 @@ class Layouts:
         whole = self._undivided(call, part, kind)
         table = [(point, place, seen) for point, each in here.items() for place, seen in each.items()]
         rows = self._compared([seen for *_, seen in table])
-        found: dict[Point, dict[Place, How]] = {point: {} for point in here}
+        found: dict[tuple[str, Kind], dict[Place, How]] = {point[:2]: {} for point in here}
         for number, (point, place, _) in enumerate(table):
             like = None if whole is None else whole.get(point, {}).get(place)
-            found[point][place] = how = self._how(point[0], rows[:, number], like, whole is not None)
+            how = self._how(point[0], rows[:, number], like, whole is not None)
+            if found[point[:2]].setdefault(place, how) != how:
+                how = Untold("it is divided in different ways at its visits in one pass")
+            found[point[:2]][place] = how
             if (suffix := _in_cache(place)) is not None:
                 self._in_caches[suffix] = how
         for (path, each_kind), layout in found.items():
@@ -186,7 +190,7 @@ def _pass(root: torch.nn.Module, call: Call, part: Part | None, kind: Kind, grad
         run = Run(root, call, memory)
         try:
             if part is not None:
-                seen[part.path, kind] = _asked(run, part, kind)
+                seen[part.path, kind, 1] = _asked(run, part, kind)
                 return seen
             for path, module in root.named_modules():
                 run.watch(module, partial(_note, seen, path))
@@ -206,9 +210,8 @@ def _asked(run: Run, part: Part, kind: Kind) -> dict[Place, Seen]:
 
 
 def _note(seen: dict[Point, dict[Place, Seen]], path: str, visit: Visit) -> None:
-    """The watcher of a module in a pass: what its first visit has."""
-    value = visit.value if visit.kind is OUTPUT else (visit.args, visit.kwargs)
-    seen.setdefault((path, visit.kind), _seen(value))
+    """The watcher of a module in a pass: what each of its visits has."""
+    seen[path, visit.kind, visit.times] = _seen(visit.value if visit.kind is OUTPUT else (visit.args, visit.kwargs))
 
 
 def _seen(value: Any) -> dict[Place, Seen]:

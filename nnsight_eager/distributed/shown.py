@@ -76,6 +76,8 @@ class Shown:
         self._pieces: dict[Place, Piece] = {}
         for place, tensor in placed(value):
             how = AS_DTENSOR if isinstance(tensor, DTensor) else divided(place)
+            if isinstance(how, Shard) and how.dim >= tensor.dim():
+                how = Untold("it has fewer dimensions than when its layout was looked at")
             if isinstance(how, Untold):
                 raise untold(point, how)
             if how is not None:
