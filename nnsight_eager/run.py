@@ -251,21 +251,19 @@ class Run:
 
     def replace(self, visit: Visit, value: Any, path: str) -> None:
         """Have the model go on with `value`, an output or a pair `(args, kwargs)`, at the visit it is paused at."""
-        point = spelled(path, visit.kind)
-        refuse_in_checkpoint(self._forward.frame, point)
+        refuse_in_checkpoint(self._forward.frame, lambda: spelled(path, visit.kind))
         if visit.kind is OUTPUT:
             before, visit.value = visit.value, value
         else:
             before = (visit.args, visit.kwargs)
             visit.args, visit.kwargs = value
-        self.changes.append(change(point, self.step, before, value))
+        self.changes.append(change(path, visit.kind, self.step, before, value))
 
     def skip(self, visit: Visit, value: Any, path: str) -> None:
         """Leave out the forward of the module the model is about to enter, and go on with `value` as its output."""
-        point = spelled(path, "skip")
-        refuse_in_checkpoint(self._forward.frame, point)
+        refuse_in_checkpoint(self._forward.frame, lambda: spelled(path, "skip"))
         self.leave_out(visit, value)
-        self.changes.append(change(point, self.step, None, value))
+        self.changes.append(change(path, "skip", self.step, None, value))
 
     def leave_out(self, visit: Visit, value: Any) -> None:
         """Have the model go on with `value` in place of calling the module it is about to enter."""

@@ -236,7 +236,7 @@ class Visit(Tap):
         while forward.applied is not None:
             self._apply(forward)
         if before != [each._version for each in tensors(held) if not each.is_inference()]:
-            refuse_in_checkpoint(sys._getframe(), f"{type(self.module).__name__}.{self.kind}")
+            refuse_in_checkpoint(sys._getframe(), lambda: f"{type(self.module).__name__}.{self.kind}")
 
     def _apply(self, forward: Forward) -> None:
         """Make a call that a body has asked for, and be paused here again."""
@@ -327,12 +327,12 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def refuse_in_checkpoint(frame: FrameType | None, point: str) -> None:
+def refuse_in_checkpoint(frame: FrameType | None, point: Callable[[], str]) -> None:
     """Raise where the forward at `frame` will be computed again for its gradient, without the edit."""
     while frame is not None:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             raise EditError(
-                f"`{point}` is inside gradient checkpointing: its forward is computed again for the gradient, unedited.",
+                f"`{point()}` is inside gradient checkpointing: its forward is computed again for the gradient, unedited.",
                 "Call `gradient_checkpointing_disable()` on the model first, or edit the checkpointed module as a whole.",
             )
         frame = frame.f_back

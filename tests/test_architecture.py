@@ -56,7 +56,7 @@ MAY_IMPORT = {
         "visits",
     },
     "missed": {"ears", "errors", "inside", "paths", "visits"},
-    "changes": {"coroutine", "nested"},
+    "changes": {"coroutine", "nested", "paths"},
     "run": {"changes", "coroutine", "ears", "errors", "inside", "missed", "nested", "paths", "visits"},
     "shown": set(),
     "folding": set(),

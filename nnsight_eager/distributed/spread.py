@@ -227,7 +227,7 @@ class SpreadEar(Visit):
             if name == "value" and self.kind is OUTPUT:
                 self.whole = shown.now
             if new is not held:
-                refuse_in_checkpoint(sys._getframe(), spelled(self.going.spread.path_of(self.module), self.kind))
+                refuse_in_checkpoint(sys._getframe(), lambda: spelled(self.going.spread.path_of(self.module), self.kind))
                 slot.__set__(self, new)
 
     def _read(self, name: str) -> Any:
