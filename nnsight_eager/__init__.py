@@ -36,9 +36,11 @@ from .errors import (
     PaddingError as PaddingError,
     PathError as PathError,
     PointError as PointError,
+    RanksError as RanksError,
     RowsError as RowsError,
     RunEndedError as RunEndedError,
     RunError as RunError,
+    ShardError as ShardError,
     SourceError as SourceError,
     StepError as StepError,
     TokenizerMissingError as TokenizerMissingError,
@@ -52,6 +54,7 @@ from .nested import shapes as shapes
 from .summaries import summary as summary
 from .trace import Trace as Trace
 from .tree import Envoy as Envoy
+from .vision import VisionLanguageModel as VisionLanguageModel
 
 add_save_to_tensors()
 

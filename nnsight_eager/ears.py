@@ -9,7 +9,7 @@ visited several times; the first run of a kind of call listens everywhere and le
 """
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,15 +21,20 @@ from .inside import Apart, Part
 from .order import Order
 from .paths import modules_above, path_in, spelled
 from .taps import ABSENT, put_up, take_down, tap_at
-from .visits import Forward, RootVisit, Visit, is_compiled, not_compiled
+from .visits import Between, Forward, RootVisit, Visit, is_compiled, not_compiled
 
 P = TypeVar("P", bound=Part)
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several that torch knows of."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Memory:
     """What the runs of one model leave for the next: the order learned for each kind of call, ears and parts to use again."""
 
-    __slots__ = ("aliases", "compiled", "orders", "parts", "told", "visits")
+    __slots__ = ("aliases", "alone", "between", "compiled", "orders", "parts", "told", "visits")
 
     def __init__(self, aliases: Aliases) -> None:
         """Nothing has run yet. `aliases` are the model's other names, which messages use."""
@@ -39,6 +44,21 @@ class Memory:
         self.parts: dict[Hashable, Part] = {}
         self.compiled = False  # whether some module of it is, so that every ear has to be kept from the compiler
         self.told = False  # whether the user knows
+        self.alone = False  # nothing is to stand between
+        self.between: Between | None = None  # looked for before the first run of each kind of call
+
+    def look_between(self, root: torch.nn.Module, name: str) -> Between | None:
+        """What stands between the model and whoever asks, where several processes run it together."""
+        if self.between is None and not self.alone and name not in self.orders and is_distributed():
+            from .distributed.spread import spread_over
+
+            self.between = spread_over(root)
+        return self.between
+
+    def forward(self, root: torch.nn.Module, name: str, make: Callable[..., Forward]) -> Callable[..., Forward]:
+        """What makes the forwards of this kind of call, where `make` would."""
+        between = self.look_between(root, name)
+        return make if between is None else between.forward(make)
 
     def part(self, key: Hashable, make: Callable[[], P]) -> P:
         """The part of this key: one for all runs of the model."""
@@ -151,6 +171,8 @@ class Ears:
             self._run_eagerly(visit)
         if isinstance(module, FAST):
             leave_where_seen(visit, self.visits)
+        if self.learning:
+            return visit  # every module listens
         around = self.order.around.get(id(module))
         if around is None:
             self._listen_at(modules_above(self._root, module))
@@ -175,7 +197,9 @@ class Ears:
         if not self.open:
             in_a_block = "Read points inside the `with` block, or open a new trace."
             raise RunEndedError("This run has ended.", self._forward.again if self._forward.by_hand else in_a_block)
-        kind = RootVisit if module is self._root else Visit
+        kind: Any = RootVisit if module is self._root else Visit
+        if self.memory.between is not None:
+            kind = self.memory.between.ear(kind)
         visit = tap_at(not_compiled(kind)() if self.memory.compiled else kind(), module)
         visit.rest()
         self.visits[id(module)] = visit  # whole before it is kept: Ctrl-C may come between any two lines

@@ -149,9 +149,8 @@ class Branches(NamedTuple):
         return Grid(columns, [*self._texts()], headed=False).lines(width)
 
     def _texts(self) -> Iterator[tuple[str, ...]]:
-        marked = any(row.state for row in self.rows)
         for row, guides in zip(self.rows, self._guides(), strict=True):
-            name = f"{guides}{MARKS[row.state] if marked else ''}{row.name}"
+            name = f"{guides}{self._mark(row, MARKS)}{row.name}"
             yield name, row.kind, row.shape, "paused" if row.state == "paused" else ""
 
     def _guides(self) -> Iterator[str]:
@@ -168,7 +167,7 @@ class Branches(NamedTuple):
         """The tree with its branches folded where there are many, but for those that lead to the paused place."""
         widths = (
             max(2 * row.depth + len(plain(row.name)) for row in self.rows) + 4,
-            min(44, max(len(plain(row.kind)) for row in self.rows)) + 2,
+            min(44 if any(row.shape for row in self.rows) else 80, max(len(plain(row.kind)) for row in self.rows)) + 2,
         )
         return "".join(self._html(0, len(self.rows), widths))
 
@@ -177,27 +176,28 @@ class Branches(NamedTuple):
         while start < end:
             row = self.rows[start]
             below = next((n for n in range(start + 1, end) if self.rows[n].depth <= row.depth), end)
-            line = self._line(row, widths)
+            line, style = self._line(row, widths), f"margin-left:2ch;{LOOKS['paused'][1] if row.state == 'paused' else ''}"
             if below == start + 1:
-                yield f'<div style="margin-left:2ch;{LOOKS[row.state][1] if row.state == "paused" else ""}">{line}</div>'
+                yield f'<div style="{style}">{line}</div>'
             else:
-                inside = self.rows[start + 1 : below]
-                opened = len(self.rows) <= MANY or row.depth < 2 or any(each.state == "paused" for each in inside)
-                look = LOOKS[row.state][1] if row.state == "paused" else ""
-                yield (
-                    f'<details{" open" if opened else ""}><summary style="margin-left:2ch;display:list-item;'
-                    f'list-style-position:outside;cursor:pointer;{look}">{line}</summary>'
-                    f'<div style="margin-left:2ch">{"".join(self._html(start + 1, below, widths))}</div></details>'
-                )
+                leads_there = any(each.state == "paused" for each in self.rows[start + 1 : below])
+                opened = " open" if leads_there or row.depth < 2 or len(self.rows) <= MANY else ""
+                folds = f"display:list-item;list-style-position:outside;cursor:pointer;{style}"
+                inside = "".join(self._html(start + 1, below, widths))
+                yield f'<details{opened}><summary style="{folds}">{line}</summary>'
+                yield f'<div style="margin-left:2ch">{inside}</div></details>'
             start = below
 
-    @staticmethod
-    def _line(row: Row, widths: tuple[int, int]) -> str:
+    def _mark(self, row: Row, marks: Mapping[str, str]) -> str:
+        """What stands before the name; nothing where no module has run."""
+        return marks[row.state] if any(each.state for each in self.rows) else ""
+
+    def _line(self, row: Row, widths: tuple[int, int]) -> str:
         cut = "display:inline-block;vertical-align:bottom;white-space:pre;overflow:hidden;text-overflow:ellipsis"
         state = "" if row.state == "paused" else row.state
         return (
             '<span style="white-space:nowrap">'
-            + styled(f"{IN_A_NOTEBOOK[row.state]}{row.name}", state, f"{cut};width:{widths[0] - 2 * row.depth}ch")
+            + styled(f"{self._mark(row, IN_A_NOTEBOOK)}{row.name}", state, f"{cut};width:{widths[0] - 2 * row.depth}ch")
             + styled(row.kind, "type", f"{cut};width:{widths[1]}ch")
             + styled(row.shape, "dim", "white-space:pre")
             + "</span>"

@@ -40,7 +40,7 @@ def _no_others(path: str) -> Mapping[str, str]:
 
 def near(name: str, names: Iterable[str]) -> str:
     """The end of a sentence that refuses `name`: what it may have been meant for."""
-    close = difflib.get_close_matches(name, list(names), n=3)
+    close = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3)
     return f"; did you mean {' or '.join(f'`{each}`' for each in close)}?" if close else "."
 
 

@@ -28,13 +28,15 @@ from .waiting import Waiting
 class Share:
     """What one body sees of a visit: its own rows."""
 
-    __slots__ = ("_body", "_path", "_run", "visit")
+    __slots__ = ("_body", "_path", "_run", "inputs_unchanged", "local", "visit")
 
     def __init__(self, visit: Visit, body: Asker, run: "SharedRun", path: str) -> None:
         self.visit = visit
         self._body = body
         self._run = run
         self._path = path
+        self.local = visit.local
+        self.inputs_unchanged = visit.inputs_unchanged
 
     @property
     def kind(self) -> Kind:
@@ -68,10 +70,6 @@ class Share:
         """A new value is about to be built of the one that is here."""
         self._run.settle(self._body)
         self._run.put_together(self.visit)
-
-    def inputs_unchanged(self) -> bool:
-        """Whether the inputs still hold what the module received."""
-        return self.visit.inputs_unchanged()
 
     def part(self, whole: Any, kind: str) -> Any:
         """The body's rows of `whole`, a value of this visit."""

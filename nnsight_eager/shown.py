@@ -108,6 +108,9 @@ class Grid(NamedTuple):
             for line in self._row(row, shown, widths, *row[len(self.columns) :]):
                 line.truncate(width, overflow="ellipsis")
                 yield line
+        missing = [column.head for n, column in enumerate(self.columns) if n not in shown]
+        if missing and self.headed:
+            yield from Line(f"too narrow for: {', '.join(missing)}", "dim").lines(width)
 
     def _widths(self, shown: Sequence[int], width: int) -> dict[int, int] | None:
         """How wide each column is, or `None` where they do not fit."""
@@ -154,7 +157,7 @@ class Grid(NamedTuple):
 
     def _cell(self, column: Column, word: str, look: str, tag: str = "td") -> str:
         line = "border-bottom:1px solid rgba(128,128,128,.5);font-weight:600;" if tag == "th" else ""
-        space = "pre-wrap" if column.broken or column.least else "pre"
+        space = f"pre-wrap;min-width:{column.least}ch" if column.broken or column.least else "pre"
         side = "right" if column.right else "left"
         return styled(
             word,

@@ -21,6 +21,7 @@ from .changes import user_frame
 from .compat import add_save_to_builtins
 from .coroutine import without_our_frames
 from .current import enter, leave, opening_frames
+from .distributed.first import OneOfRanks
 from .entering import enters_call_of, is_entered
 from .errors import InputError, InvokeError, RunEndedError, RunError, StepError
 from .invokes import Division, Invoke, InvokeInPlace, Invokes, outside_invokes
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from .interactive.held import HeldRun
 
 
-class Trace:
+class Trace(OneOfRanks):
     """One call of the model, begun by `with` and ended when the block is left, however it is left.
 
     `tracer.model` is the model's tree bound to this run, `tracer.result` what the call returns, `tracer.iter[...]` a loop over
@@ -50,8 +51,7 @@ class Trace:
 
         Without a `call` the trace has no input of its own and is divided into invokes; without a `division` it cannot be.
         """
-        self._tree = tree
-        self._name = name
+        self._tree, self._name = tree, name
         self._call = call
         self._division = division
         self._run: Run | None = None

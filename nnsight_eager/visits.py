@@ -4,12 +4,13 @@ Everything here may lie on the model's stack while it is paused. So nothing here
 would otherwise keep itself alive.
 """
 
+import contextlib
 import sys
 import types
 from collections.abc import Callable
 from functools import cache
 from types import FrameType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -109,6 +110,16 @@ class Applied:
         return self._value
 
 
+class Between(Protocol):
+    """What stands between the model and whoever asks, where they do not see the same values: see `distributed`."""
+
+    def ear(self, kind: type["Visit"]) -> type["Visit"]:
+        """The ears to be used in the place of this kind."""
+
+    def forward(self, make: Callable[..., Forward]) -> Callable[..., Forward]:
+        """What makes the forwards, in the place of `make`."""
+
+
 class Visit(Tap):
     """One run's ear at one module, and the call in progress there: what it was called with, and what it has made.
 
@@ -186,8 +197,8 @@ class Visit(Tap):
             self.stop_before = False
             self._pause(forward, (self.args, self.kwargs))
             self.versions = versions(self.args, self.kwargs)  # an edit at the input is what the module receives
-        for watcher in self.watchers:
-            watcher(self)
+        if self.watchers:
+            self.tell_watchers()
 
     def _leave(self, value: Any) -> Any:
         """The forward has returned, or was left out; what is returned here is what the caller gets."""
@@ -203,10 +214,14 @@ class Visit(Tap):
                 self.gave = value
         if self.watchers:
             self.kind, self.value = OUTPUT, value
-            for watcher in self.watchers:
-                watcher(self)
+            self.tell_watchers()
         self._forget(forward)
         return value
+
+    def tell_watchers(self) -> None:
+        """Have the watchers see the call."""
+        for watcher in self.watchers:
+            watcher(self)
 
     def _pause(self, forward: Forward, held: Any) -> None:
         """Pause here; what was changed in place meanwhile is refused where it would not reach the gradient."""
@@ -266,6 +281,10 @@ class Visit(Tap):
 
     def begin_change(self) -> None:
         """A new value is about to be built of the one that is here."""
+
+    def local(self) -> contextlib.AbstractContextManager[None]:
+        """Have values be what this process holds, where several hold one model: it is the only one here."""
+        return contextlib.nullcontext()
 
     def inputs_unchanged(self) -> bool:
         """Whether the inputs still hold what the module received, told by the tensors' version counters."""

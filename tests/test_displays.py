@@ -445,13 +445,23 @@ def test_a_cache_shows_layers_of_which_the_same_was_kept_as_one_line(columns):
     cache = NNsight(Stack()).cache(X4)
     assert repr(cache).splitlines() == [
         "8 modules, 8 visits, 0.0 MB",
-        "module      output",
-        "──────────  ──────────────",
-        "h.0…2.lin   [1, 4] float32",
-        "h.0…2       [1, 4] float32",
-        "head        [1, 4] float32",
-        '""          [1, 4] float32',
+        "module     output",
+        "─────────  ──────────────",
+        "h.0…2.lin  [1, 4] float32",
+        "h.0…2      [1, 4] float32",
+        "head       [1, 4] float32",
+        '""         [1, 4] float32',
     ]
+
+
+def test_a_table_says_which_columns_it_has_no_room_for(columns):
+    found = NNsight(Stack()).map(X4)
+    columns(50)
+    assert repr(found).splitlines()[0].split() == ["module", "input", "output"]
+    assert repr(found).splitlines()[-1] == "too narrow for: type"
+    columns(80)
+    assert repr(found).splitlines()[0].split() == ["module", "type", "input", "output"]
+    assert "too narrow" not in repr(found)
 
 
 def test_a_place_in_a_cache_shows_each_visit(columns):

@@ -9,36 +9,17 @@ Another forward pass is led to the same place by it: see `recording`.
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from ..nested import described, first_tensor, mapped, small_tensors, tensors
 from ..visits import INPUT, OUTPUT, Forward, Kind, Place, Visit
 from .frozen import BY_REFERENCE, Frozen, frozen
+from .random_numbers import Random
 
-
-class Random(NamedTuple):
-    """Where torch's random numbers are: of the processor and of each accelerator in use."""
-
-    states: list[torch.Tensor]
-
-    @classmethod
-    def now(cls) -> "Random":
-        """Where they are now."""
-        return cls([torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if _cuda_in_use() else ())])
-
-    def put(self) -> None:
-        """Have them go on from here."""
-        torch.set_rng_state(self.states[0])
-        if len(self.states) > 1:
-            torch.cuda.set_rng_state_all(self.states[1:])
-
-    def same(self, other: "Random | None") -> bool:
-        """Whether the same numbers come next."""
-        if other is None or len(self.states) != len(other.states):
-            return False
-        return all(map(torch.equal, self.states, other.states))
+Key = tuple[int, Kind, int, int]
+"""Tells a place: the identity of its module, before or behind its forward, the step and the visit in it."""
 
 
 class Kept(NamedTuple):
@@ -50,10 +31,16 @@ class Kept(NamedTuple):
     objects: Frozen | None  # what it was given to write into, as it left it
     random: Random
 
-    def has(self, place: Place) -> bool:
+    @property
+    def left(self) -> Key:
+        """The place where the call has ended."""
+        return self.inside[id(self.entered.module)].key
+
+    def has(self, key: Key) -> bool:
         """Whether the call has come by a place; of one that it did not, also where that was before."""
-        last = self.inside.get(id(place.module))
-        return last is not None and last.step == place.step and last.times >= place.times
+        module, _, step, times = key
+        last = self.inside.get(module)
+        return last is not None and last.step == step and last.times >= times
 
 
 class Changed(NamedTuple):
@@ -129,7 +116,11 @@ class Paused:
         versions = _versions(now)
         both = range(0 if rebuilt else len(now))
         replaced = frozenset(n for n in both if now[n] is not self._tensors[n])
-        in_place = frozenset(n for n in both if n not in replaced and versions[n] != self._versions[n])
+        copies = zip(small_tensors(value), self._copies, strict=False)
+        written = {id(each) for each, copy in copies if _is_rewritten(each, copy)}
+        in_place = frozenset(
+            n for n in both if n not in replaced and (versions[n] != self._versions[n] or id(now[n]) in written)
+        )
         if not (rebuilt or replaced or in_place):
             return None
         size = float("inf") if rebuilt else _size(self._copies, [*small_tensors(value)])
@@ -147,18 +138,41 @@ class Journal:
         """Nothing has. With `keep` what modules give is kept."""
         self.keep = keep
         self.going: list[Going] = []
-        self.kept: dict[tuple[Any, ...], Kept] = {}
+        self.kept: dict[Key, Kept] = {}
         self.last: dict[tuple[int, Kind], Place] = {}
-        self.changes: dict[tuple[Any, ...], Changed] = {}
-        self.drawn: dict[tuple[Any, ...], Random] = {}  # random numbers that were drawn or seeded from outside, by place
+        self.changes: dict[Key, Changed] = {}
+        self.drawn: dict[Key, Random] = {}  # random numbers that were drawn or seeded from outside, by place
         self.begun_with: Random | None = None
         self.random: Random | None = None  # where the random numbers were at the last pause
         self.first: Place | None = None
         self.paused: Paused | None = None
-        self.shapes: dict[int, str] = {}  # of what each module has given, as it is shown
-        self.stale: dict[tuple[Any, ...], Stale] = {}
+        self.led = False  # on the way to a place, where nobody looks meanwhile
+        self.forms: dict[int, tuple[torch.Size, torch.dtype]] = {}  # of what each module has given
+        self.stale: dict[Key, Stale] = {}
         self._handed: dict[int, Handed] = {}
         self._out: list[tuple[Handed, torch.Tensor, list[int]]] = []
+
+    def come_next(self) -> Random:
+        """The random numbers to go on with: those it was paused with, whatever other held runs have drawn meanwhile.
+
+        Where the user has drawn or seeded, what that has left; it belongs to this run from now on.
+        """
+        now = Random.now()
+        come_next = self.random if self.random is not None and now.same(Random.left) else now
+        self.go_on_with(come_next)
+        return come_next
+
+    def go_on_with(self, random: Random) -> None:
+        """Have these random numbers come next."""
+        if self.random is None:
+            self.begun_with = random
+        elif self.paused is not None and not random.same(self.random):
+            self.drawn[self.paused.place.key] = random
+        self.random = random
+
+    def changes_in(self, kept: Kept) -> "dict[Key, Changed]":
+        """What was changed in a call, its arguments and its value included."""
+        return {key: each for key, each in self.changes.items() if kept.has(key)}
 
     def last_at(self, module: torch.nn.Module, kind: Kind) -> Place | None:
         """The last time the model has come by the module, or is there now."""
@@ -170,11 +184,12 @@ class Journal:
         step = at.step if at is not None else max((place.step for place in self.last.values()), default=0)
         states = {key: "ran" for (key, kind), place in self.last.items() if kind is OUTPUT and place.step == step}
         states |= {id(going.visit.module): "running" for going in self.going}
+        shapes = {key: form_of(*form) for key, form in self.forms.items()}
         if at is None:
-            return states, self.shapes
+            return states, shapes
         now = first_tensor(at.value) if at.kind is OUTPUT else None
         shape = {} if now is None else {id(at.module): described(now)}
-        return states | {id(at.module): "paused"}, self.shapes | shape
+        return states | {id(at.module): "paused"}, shapes | shape
 
     def settle(self) -> None:
         """Note what has been changed where the run is paused."""
@@ -186,6 +201,16 @@ class Journal:
         for (place, _), tensor, (version,) in self._out:
             if _versions([tensor]) != [version] and not self.paused.shares_memory_with(tensor):
                 self.stale[place.key] = Stale(place, described(tensor))
+
+    def lead(self, begun_with: Random) -> None:
+        """The run is led to a place from here on: what it stops at on the way is not what the user sees."""
+        self.led, self.begun_with = True, begun_with
+
+    def arrive(self, visit: Visit) -> None:
+        """The run has been led to where the user is."""
+        self.led = False
+        self.random = Random.left = Random.now()
+        self.pause_at(visit)
 
     def pause_at(self, visit: Visit) -> None:
         """The run is paused here; the model has gone on from what was read before."""
@@ -211,9 +236,10 @@ class Journal:
         if visit.kind is INPUT:
             self.going.append(Going(visit, place))
             return
-        tensor = first_tensor(visit.value)
+        value = visit.value
+        tensor = value if isinstance(value, torch.Tensor) else first_tensor(value)
         if tensor is not None:
-            self.shapes[id(visit.module)] = described(tensor)
+            self.forms[id(visit.module)] = tensor.shape, tensor.dtype
         going = self.going.pop()
         going.inside[id(visit.module)] = place
         if self.going:
@@ -234,7 +260,7 @@ class Journal:
         else:
             self.kept = {each.entered.key: each for each in kept}
 
-    def all_kept(self) -> dict[tuple[Any, ...], Kept]:
+    def all_kept(self) -> dict[Key, Kept]:
         """What is kept, by the place where the call began."""
         return self.kept | {each.entered.key: each for going in self.going for each in going.kept}
 
@@ -246,7 +272,6 @@ class HeldForward(Forward):
 
     by_hand = True
     again = "`run.restart()` begins it again, `run.back_to(...)` goes back to a point."
-    _left: Random | None = None  # where the random numbers were when a held run of any model last paused or ended
 
     def __init__(self, journal: Journal, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(function, *args, **kwargs)
@@ -255,11 +280,14 @@ class HeldForward(Forward):
 
     def resume(self) -> Any:
         """Go on until the next pause; before, note what was changed during this one."""
+        journal = self.journal
         if self._closing:
             return super().resume()
-        journal = self.journal
         journal.settle()
-        self._go_on_with_random_numbers()
+        if journal.led:
+            self.left = journal.paused = None
+            return super().resume()
+        journal.come_next().put()
         journal.go_on()
         paused, journal.paused = journal.paused, None
         self.left = None if paused is None else paused.place
@@ -269,27 +297,17 @@ class HeldForward(Forward):
             journal.paused = None if self.finished else paused  # a refusal: it is where it was
             raise
         finally:
-            journal.random = HeldForward._left = Random.now()
+            journal.random = Random.left = Random.now()
         if visit is not None:
             journal.pause_at(visit)
             if journal.watch not in visit.watchers:  # a part of a module, asked for meanwhile
                 visit.watchers = (*visit.watchers, journal.watch)
         return visit
 
-    def _go_on_with_random_numbers(self) -> None:
-        """Those it was paused with, whatever other held runs drew meanwhile; where the user drew or seeded, what that left."""
-        journal, now = self.journal, Random.now()
-        if journal.random is None:
-            journal.begun_with = now
-        elif not now.same(journal.random):
-            if now.same(HeldForward._left):
-                journal.random.put()
-            elif journal.paused is not None:
-                journal.drawn[journal.paused.place.key] = now
 
-
-def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+def form_of(shape: torch.Size, dtype: torch.dtype) -> str:
+    """A shape and a type as `described` writes them of a tensor."""
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
 def value_at(visit: Visit) -> Any:
@@ -313,7 +331,15 @@ def _size(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    """Whether two tensors hold the same values; a NaN is what another is."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _is_rewritten(tensor: torch.Tensor, copy: torch.Tensor) -> bool:
+    """Whether a tensor was changed in place, where torch keeps no record of that."""
+    return tensor.is_inference() and not _equal(tensor, copy)
 
 
 def objects_of(visit: Visit) -> list[Any]:
@@ -322,12 +348,21 @@ def objects_of(visit: Visit) -> list[Any]:
     for value in todo:
         if isinstance(value, tuple):
             todo.extend(value)
-        elif value is not None and not isinstance(value, (torch.Tensor, bool, int, float, complex, str, bytes, *BY_REFERENCE)):
+        elif value is not None and not isinstance(value, WRITTEN_BY_NOBODY):
             found.append(value)
     return found
 
 
+WRITTEN_BY_NOBODY: Final = (torch.Tensor, bool, int, float, complex, str, bytes, *BY_REFERENCE)
+"""What no module can write into, or what is noticed otherwise."""
+
+
 def _aliased(value: Frozen, visit: Visit) -> bool:
     """Whether the output shares memory with an argument: what is done to one is done to the other."""
-    given = {each.untyped_storage()._cdata for each in tensors((visit.args, visit.kwargs))}
-    return any(each.untyped_storage()._cdata in given for each in value.tensors)
+    made = {each.untyped_storage()._cdata for each in value.tensors}
+    # Arguments that are tensors themselves, which is most of them, need not be looked for.
+    return any(
+        each.untyped_storage()._cdata in made
+        for argument in (*visit.args, *visit.kwargs.values())
+        for each in ((argument,) if isinstance(argument, torch.Tensor) else tensors(argument))
+    )
