@@ -82,7 +82,9 @@ def only_new_objects():
     gc.collect()
     gc.freeze()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The run held by hand")  # has been left behind, on purpose
+            yield
     finally:
         gc.unfreeze()
 
@@ -181,9 +183,7 @@ class Program:
 
     def end(self):
         """Refer to nothing of the run any more: an error's traceback holds every frame of the program."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a held run is left behind
-            self.fault.error, self.seen = None, {}
+        self.fault.error, self.seen = None, {}
         self.subject.moments.happen = nothing
 
     def plain_programs(self):

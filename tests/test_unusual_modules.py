@@ -79,6 +79,7 @@ def test_a_change_in_place_inside_checkpointing_is_refused_and_a_read_is_not(x, 
     loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*is compiled. In a trace it runs eagerly:UserWarning")
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 def test_a_model_with_a_compiled_child_is_read_and_edited(x, how):
     child = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
