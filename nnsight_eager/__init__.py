@@ -35,9 +35,11 @@ from .errors import (
     PaddingError as PaddingError,
     PathError as PathError,
     PointError as PointError,
+    RemoteError as RemoteError,
     RowsError as RowsError,
     RunEndedError as RunEndedError,
     RunError as RunError,
+    ServerLostError as ServerLostError,
     SourceError as SourceError,
     StepError as StepError,
     TokenizerMissingError as TokenizerMissingError,
@@ -48,6 +50,8 @@ from .interactive.predicates import has_inf as has_inf, has_nan as has_nan, norm
 from .language import LanguageModel as LanguageModel
 from .model import NNsight as NNsight
 from .nested import shapes as shapes
+from .progress import report as report
+from .remote import connect as connect
 from .trace import Trace as Trace
 from .tree import Envoy as Envoy
 

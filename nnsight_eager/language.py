@@ -242,14 +242,14 @@ class LanguageModel(NNsight):
     def _traced(self, name: str, inputs: tuple[Any, ...], keywords: dict[str, Any], batched: bool) -> Trace:
         """A trace of one call; where nothing says what to run on, that is left to invokes."""
         if inputs or any(keywords.get(content) is not None for content in CONTENT):
-            return Trace(self._tree, name, self._called(name, self._inputs.prepare(inputs, keywords)), None)
+            return self._new_trace(name, self._called(name, self._inputs.prepare(inputs, keywords)), None)
 
         def together(given: Sequence[Given]) -> tuple[Call, list[int]]:
             tokenizing, others = for_tokenizer(keywords)
             batch, sizes = self.batch([Given(each.args, {**tokenizing, **each.kwargs}) for each in given])
             return self._called(name, with_shared(batch, others).kwargs), sizes
 
-        return Trace(self._tree, name, None, Division(together, batched))
+        return self._new_trace(name, None, Division(together, batched))
 
     def _called(self, name: str, prepared: dict[str, Any]) -> Call:
         """The call of `forward` or `generate` on inputs that are prepared."""

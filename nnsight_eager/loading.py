@@ -31,8 +31,7 @@ class Source(NamedTuple):
     def skeleton(self) -> torch.nn.Module:
         """The module tree on the meta device: every name and shape, no weights."""
         options = {key: self.options[key] for key in ("attn_implementation", "trust_remote_code") if key in self.options}
-        with torch.device("meta"):
-            return self.automodel.from_config(self.config, **options)  # type: ignore[no-any-return]
+        return skeleton(self.config, **options)
 
     def load(self) -> torch.nn.Module:
         """The model with its weights, in evaluation mode; transformers shows its progress."""
@@ -64,6 +63,12 @@ def automodel_for(config: Any) -> Any:
             return getattr(transformers, automodel)
     known = getattr(transformers, architecture, None) if architecture else None
     return transformers.AutoModelForCausalLM if known is None else _Exactly(known)
+
+
+def skeleton(config: Any, **options: Any) -> torch.nn.Module:
+    """The module tree that a configuration describes, on the meta device."""
+    with torch.device("meta"):
+        return automodel_for(config).from_config(config, **options)  # type: ignore[no-any-return]
 
 
 class _Exactly:
