@@ -33,6 +33,9 @@ from .visits import OUTPUT, Visit, Watcher
 Prepare = Callable[[list[Row]], dict[str, Any]]
 """The keywords of a forward pass on rows of ids, `input_ids` and `attention_mask` `[batch, seq]` among them."""
 
+Share = Callable[[Path, list[int], Mapping[str, Form], Callable[[int], None]], None]
+"""Has the shards of some numbers made in a folder."""
+
 TOKEN_BYTES = 3 * torch.int64.itemsize
 """What a shard takes for a token beside its points: row, position and id."""
 
@@ -58,7 +61,7 @@ class Extraction:
     ) -> None:
         """Nothing runs yet; what can be refused before is refused here."""
         refuse_unusable(modules, options)
-        self._model = model
+        self.model = model
         self._prepare = prepare
         self._modules = modules
         self._rows = rows
@@ -67,8 +70,8 @@ class Extraction:
         self._batches = batched(self._lengths, options.batch_tokens)
         self._request = self._requested()
 
-    def write(self, folder: Path) -> None:
-        """Make what is missing in `folder`; nothing runs where all is there."""
+    def write(self, folder: Path, share: Share | None = None) -> None:
+        """Make what is missing in `folder`; nothing runs where all is there. With `share` others make it."""
         folder.mkdir(parents=True, exist_ok=True)
         with _alone_in(folder):
             index = self._index_in(folder)
@@ -77,11 +80,25 @@ class Extraction:
             missing = index.missing(folder)
             if not missing:
                 return
-            shards = self._shards(index.points)
             done = sum(self._lengths) - sum(map(index.tokens_in, missing))
             with progress("Extracting", sum(self._lengths), done, "tokens") as advance:
+                if share is not None:
+                    share(folder, missing, index.points, advance)
+                    return
                 for number in missing:
-                    _write(shard_path(folder, number), self._shard(shards[number], index.points, advance))
+                    self.make(folder, number, index.points, advance)
+
+    def make(self, folder: Path, number: int, points: Mapping[str, Form], advance: Callable[[int], None]) -> None:
+        """Make one shard, which holds the same whoever makes it."""
+        _write(shard_path(folder, number), self._shard(self._shards(points)[number], points, advance))
+
+    def check_weights(self) -> None:
+        """Raise where the model's weights are not those that the request was made with."""
+        if _weights(self.model) != self._request["weights"]:
+            raise ExtractError(
+                "The weights that a worker has loaded are not those of the model here.",
+                "Save the model with `save_pretrained`, and load it from that folder; or leave `workers` away.",
+            )
 
     def _index_in(self, folder: Path) -> Index:
         """What the folder will hold, if that is what this extraction would put there."""
@@ -100,7 +117,7 @@ class Extraction:
             raise ExtractError(f"`{folder}` has shards and no `{INDEX}`.", "Give a new folder, or empty this one.")
         points = self._survey()
         shards = [[row for batch in shard for row in batch] for shard in self._shards(points)]
-        index = Index(type(self._model._module).__name__, self._request, points, self._lengths, shards)
+        index = Index(type(self.model._module).__name__, self._request, points, self._lengths, shards)
         _write(folder / INDEX, index.written().encode())
         return index
 
@@ -112,8 +129,8 @@ class Extraction:
             "dtype": str(self._options.dtype),
             "batch_tokens": self._options.batch_tokens,
             "shard_bytes": self._options.shard_bytes,
-            "weights": _digest([*map(_sampled, self._model._module.state_dict().items())]),
-            "edits": [edit.label for edit in self._model._tree.edits],
+            "weights": _weights(self.model),
+            "edits": [edit.label for edit in self.model._tree.edits],
         }
 
     def _shards(self, points: Mapping[str, Form]) -> list[list[Batch]]:
@@ -125,7 +142,7 @@ class Extraction:
         """What there is to store, in the order the model comes by it, from a whole forward pass on the longest row."""
         seen: dict[str, list[torch.Tensor | None]] = {}
         keywords = self._prepare([self._rows[self._batches[0][0]]])
-        with torch.no_grad(), self._model.trace(**keywords) as tracer:
+        with torch.no_grad(), self.model.trace(**keywords) as tracer:
             for path, module in self._modules.items():
                 tracer.watch(module, _noted(seen, path))
         for path in self._modules:
@@ -168,9 +185,9 @@ class Extraction:
         keywords = self._prepare([self._rows[row] for row in batch])
         mask = keywords["attention_mask"].bool()
         values = {}
-        with torch.no_grad(), self._model.trace(**keywords) as tracer:
+        with torch.no_grad(), self.model.trace(**keywords) as tracer:
             for path, form in points.items():
-                hidden = (self._model[path] if path else self._model).hidden
+                hidden = (self.model[path] if path else self.model).hidden
                 if hidden.shape != (*mask.shape, *form.shape):
                     raise _not_by_token(path, hidden, mask.shape)
                 # Chosen by the mask it is a copy, which the model cannot change any more.
@@ -216,6 +233,11 @@ def _not_by_token(path: str, value: torch.Tensor | None, shape: Sequence[int]) -
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _weights(model: NNsight) -> str:
+    """Tells weights apart."""
+    return _digest([*map(_sampled, model._module.state_dict().items())])
 
 
 def _sampled(named: tuple[str, Any]) -> list[Any]:

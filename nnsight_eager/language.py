@@ -9,6 +9,7 @@ model.tokenizer.decode(tracer.result[0])
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from .activations import Activations
 from .aliases import Rename
 from .batching import Given, with_shared
 from .dataset import Row, refuse_longer, token_rows
-from .errors import InputError, LoadError
-from .extraction import Extraction, Options
+from .errors import ExtractError, InputError, LoadError
+from .extraction import Extraction, Options, Share
 from .inputs import Inputs, for_tokenizer
 from .invokes import Division
 from .loading import Source, source, tokenizer_for
@@ -84,7 +85,8 @@ class LanguageModel(NNsight):
         options = {name: value for name, value in named.items() if value is not None} | from_pretrained
         if trust_remote_code:
             options["trust_remote_code"] = True
-        self._source: Source | None = None
+        self._source: Source | None = None  # until it is loaded
+        self._origin: Source | None = None  # what it was loaded from, and is still the same as
         if isinstance(name_or_path_or_module, (str, PathLike)):
             name = fspath(name_or_path_or_module)
             self._source = source(name, options)
@@ -105,7 +107,7 @@ class LanguageModel(NNsight):
         """Load the weights, if that has not been done, and give the model."""
         if self._source is not None:
             self._point_at(self._source.load())
-            self._source = None
+            self._origin, self._source = self._source, None
         return self
 
     def load_adapter(self, name_or_path: str | PathLike[str], adapter_name: str | None = None, **options: Any) -> None:
@@ -127,6 +129,7 @@ class LanguageModel(NNsight):
                 "Give a folder that `save_pretrained` of a PEFT model has written; adapters need `pip install peft`.",
             ) from error
         self._tree.memory.orders.clear()  # other modules run now
+        self._origin = None
 
     def trace(
         self,
@@ -180,6 +183,7 @@ class LanguageModel(NNsight):
         column: str | None = None,
         max_length: int | None = None,
         shard_bytes: int = 2**28,
+        workers: int | None = None,
     ) -> Activations:
         """Run the model on a data set and keep the activations of all its tokens in a folder.
 
@@ -193,6 +197,9 @@ class LanguageModel(NNsight):
         tensor of a module's output, `[batch, seq, ...]`. Texts of like length are padded to batches of at most `batch_tokens`,
         and the padding is not stored. The forward pass is stopped behind the last point.
 
+        With `workers` so many Ray workers make the shards, on this machine or on the cluster that this process is in, where all
+        have to see the folder; they load the model themselves where it was loaded by name. The folder is the same to the bit.
+
         Called again as it was after it was killed, it goes on, and the folder becomes the same to the bit; a folder that is
         finished is read. That the weights are the same is told by a few values of each. Texts longer than the model has
         positions are refused, or cut with `max_length`. Raises `InputError` for what is no text, `PathError` for an unknown
@@ -203,8 +210,17 @@ class LanguageModel(NNsight):
         refuse_longer(rows, getattr(getattr(self._module, "config", None), "max_position_embeddings", None))
         modules = self._chosen(() if points is None else points)
         options = Options(batch_tokens, dtype, shard_bytes)
-        Extraction(self, self._without_cache, modules, rows, options).write(Path(out))
+        extraction = Extraction(self, self._without_cache, modules, rows, options)
+        extraction.write(Path(out), None if workers is None else self._shared(extraction, workers))
         return Activations(out)
+
+    def _shared(self, extraction: Extraction, workers: int) -> Share:
+        """What has Ray workers make shards."""
+        if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+            raise ExtractError(f"`workers` was given {workers!r}.", "Give a whole number of at least 1.")
+        from .remote.workers import share
+
+        return partial(share, extraction, self._origin, count=workers)
 
     def _without_cache(self, rows: list[Row]) -> dict[str, Any]:
         """The keywords of a forward pass on rows of ids, which nothing goes on from."""

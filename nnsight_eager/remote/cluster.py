@@ -7,7 +7,8 @@ actor = found("llama")
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from ..errors import RemoteError
@@ -130,10 +131,29 @@ def found(name: str) -> Any:
         ) from None
 
 
-def workers(kind: type, count: int, arguments: tuple[Any, ...], gpus: float) -> Callable[[], Any]:
-    """What makes an actor that works for this process alone, with `1/count` of what else is not reserved."""
-    remote = ray_module().remote(kind).options(num_cpus=1, num_gpus=gpus)
-    return lambda: remote.remote(*arguments)
+def workers(kind: type, arguments: tuple[Any, ...], gpus: float) -> Callable[[], Any]:
+    """What begins an actor that works for this process alone; its arguments are kept by Ray once for all."""
+    ray = ray_module()
+    kept = [ray.put(each) for each in arguments]
+    remote = ray.remote(kind).options(num_cpus=1, num_gpus=gpus, max_restarts=0)
+    return lambda: remote.remote(*kept)
+
+
+@contextmanager
+def here(cpus: int) -> Iterator[None]:
+    """Be in a cluster for this block: the one this process is in, that of `RAY_ADDRESS`, or one of this machine alone."""
+    ray = ray_module()
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        join(None)
+    else:
+        start(cpus)
+    try:
+        yield
+    finally:
+        leave()
 
 
 def _as_on_this_machine() -> None:

@@ -136,8 +136,8 @@ class Line:
     def lost(self, gone: Lost, what: str) -> ServerLostError:
         """What the loss of the actor is told with."""
         return ServerLostError(
-            f"The actor `{self.name}` died while {what} was there: {gone.why}.",
-            "Ray starts it anew: run it again, or write `model.trace(..., retries=1)` to have that done with the edits made so far.",
+            f"The actor `{self.name}` has died, and with it {what}. Ray says: {gone.why}.",
+            "It is started anew: run this again, or write `model.trace(..., retries=1)` to have it repeated with the edits made.",
             name=self.name,
         )
 

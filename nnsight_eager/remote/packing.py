@@ -70,7 +70,7 @@ def packed(value: Any, marks: Marks | None = None, places: Callable[[Any], Hasha
     def persistent(each: Any) -> Any:
         if places is not None and (name := places(each)) is not None:
             return "there", name
-        if not isinstance(each, torch.Tensor) or each.layout is not torch.strided or each.device.type == "meta":
+        if type(each) is not torch.Tensor or each.layout is not torch.strided or each.device.type == "meta":
             return None
         mark, whole = (None, True) if marks is None else marks(each)
         if not whole:

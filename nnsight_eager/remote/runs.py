@@ -182,8 +182,6 @@ class RemoteRun:
 
     def ref(self, visit: RemoteVisit, kind: Kind) -> Ref:
         """A handle of the first tensor at a visit."""
-        if visit.writes() is not None:
-            raise RemoteError("The value was changed here and not sent yet.", "Take the handle before the change.")
         return Ref(self._line, *self._send("value", kind))
 
     def begin_by_hand(self) -> None:
@@ -254,10 +252,10 @@ class RemoteRun:
         if not self.open and not closed:
             raise RunEndedError("This run has ended.", "Read points inside the `with` block, or open a new trace.")
         args = tuple(self._paths.address(each) if isinstance(each, torch.nn.Module) else each for each in args)
-        writes = self.at.writes() if self.at is not None and verb in LEADING else None
+        writes = self.at.writes() if self.at is not None else None
         message = Message(self._number, self._begin, self._before, writes, verb, args)
         self._begin, self._before = None, []
-        if self._retries and (verb in REPEATED or message.begin is not None):
+        if self._retries and (verb in REPEATED or message.begin is not None or writes is not None):
             self._log.append(message)
         try:
             answer = self._line.go(message)

@@ -6,10 +6,11 @@
 All of it happens on the run's own lane.
 """
 
+import os
 import traceback
 from collections.abc import Callable, Hashable
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -32,6 +33,8 @@ from .holding import held_bytes, nbytes
 from .packing import Packed, packed, unpacked
 from .pictures import pictured
 from .wire import Answer, At, Begin, Message, Writes
+
+TORCHS_FOLDER: Final = os.path.dirname(torch.__file__)
 
 Refs = Callable[[Any], Any]
 """Gives what a client has a handle of, by its name."""
@@ -290,10 +293,10 @@ def device_of(module: torch.nn.Module) -> torch.device:
 
 def told(error: Exception) -> Exception:
     """An error as it is to travel: with the model's own lines as a note, since frames do not."""
-    lines = [line for line in traceback.extract_tb(error.__traceback__) if not line.filename.startswith(OUR_FOLDER)]
-    if lines and not isinstance(error, RunEndedError):
-        shown_lines = "".join(traceback.format_list(lines[-4:])).rstrip()
-        error.add_note(f"On the server, innermost last:\n{shown_lines}")
+    lines = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith((OUR_FOLDER, TORCHS_FOLDER))]
+    if lines:
+        where = "".join(traceback.format_list(lines[-3:])).rstrip()
+        error.add_note(f"Where the model runs, innermost last:\n{where}")
     return error.with_traceback(None)
 
 

@@ -115,6 +115,7 @@ class Server:
                     "runs": {
                         number: {"at": repr(seat.run._trace), "bytes": seat.bytes, "idle": time.monotonic() - seat.touched}
                         for number, seat in [*session.seats.items()]
+                        if not seat.ended
                     },
                     "handles": len(session.refs),
                     "bytes": session.nbytes(self._weights),
@@ -144,6 +145,8 @@ class Server:
             seat.busy, seat.touched = False, time.monotonic()
         if message.verb == "finish" and answer.error is None and not seat.run.by_hand:
             self._leave_lane(seat)
+        if answer.error is not None and answer.at.finished and not seat.run.by_hand:
+            self._close(found, message.run, "has ended: its forward pass has failed")
         if isinstance(answer.value, HeldRun):
             return answer._replace(value=self._forked(found, seat, answer.value, message))
         if self._sessions.limits.memory is not None and not answer.at.finished:

@@ -45,6 +45,11 @@ class Seat:
         self.bytes = 0
         """What it held when it was last looked at, which is done on its lane."""
 
+    @property
+    def ended(self) -> bool:
+        """Whether the run has ended, and only its result and its caches are there."""
+        return self.lane is None
+
     def do(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call `function` where the run lives."""
         return function(*args) if self.lane is None else self.lane.do(function, *args)
