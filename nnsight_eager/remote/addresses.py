@@ -61,6 +61,15 @@ class Paths:
             )
         return path
 
+    def name(self, each: Any) -> tuple[str, str] | None:
+        """The name under which both sides have a module of the model; it does not travel."""
+        if not isinstance(each, torch.nn.Module):
+            return None
+        if not self._paths:
+            self._learn()
+        path = self._paths.get(id(each))
+        return None if path is None else ("module", path)
+
     def _learn(self) -> None:
         self._modules = dict(self._root.named_modules(remove_duplicate=False))
         self._paths = {id(module): path for path, module in reversed(self._modules.items())}

@@ -5,6 +5,7 @@ line.go(message)                    # an `Answer`; `Lost` where the actor has di
 line.ask("progress", job)
 """
 
+import contextlib
 import getpass
 import os
 import socket
@@ -84,14 +85,14 @@ class Line:
         try:
             how, value = self._ray.get(getattr(self._actor, method).remote(self.session.session, *args))
         except self._died as error:
-            raise self.lost(self._lost(error), f"`{method}`") from None
+            raise self.lost(self._lost(error), f"what `{method}` was to do") from None
         return self.came_of(how, value, method)
 
     def came_of(self, how: str, value: Any, what: str) -> Any:
         """What was returned; what was raised is raised here."""
         if how == "unknown":
             self._opened = None
-            raise self.lost(Lost("it was started anew, and knows this client no more"), f"`{what}`")
+            raise self.lost(Lost("it was started anew, and knows this client no more"), f"what `{what}` was to do")
         if how == "raised":
             raise value
         return value
@@ -101,7 +102,7 @@ class Line:
         try:
             return self._ray.get(getattr(self._actor, method).options(concurrency_group="control").remote(*args))
         except self._died as error:
-            raise self.lost(self._lost(error), f"`{method}`") from None
+            raise self.lost(self._lost(error), f"what `{method}` was to do") from None
 
     def submit(self, job: int, sent: Any) -> Any:
         """Have a function run next to the model; Ray's reference to what comes of it."""
@@ -114,7 +115,7 @@ class Line:
         except self._ray.exceptions.GetTimeoutError:
             raise TimeoutError("The function has not ended yet.") from None
         except self._died as error:
-            raise self.lost(self._lost(error), "the function") from None
+            raise self.lost(self._lost(error), "the function that was submitted") from None
 
     def is_done(self, reference: Any) -> bool:
         """Whether a function has ended."""
@@ -125,19 +126,19 @@ class Line:
         until = time.monotonic() + PATIENCE
         while True:
             try:
-                self.session
+                _ = self.session
                 return
             except self._died as error:
                 gone = self._lost(error)
                 if "no_restart" in str(error) or time.monotonic() > until:
-                    raise self.lost(gone, "this client") from None
+                    raise self.lost(gone, "what this client had there") from None
                 time.sleep(0.25)
 
     def lost(self, gone: Lost, what: str) -> ServerLostError:
         """What the loss of the actor is told with."""
         return ServerLostError(
             f"The actor `{self.name}` has died, and with it {what}. Ray says: {gone.why}.",
-            "It is started anew: run this again, or write `model.trace(..., retries=1)` to have it repeated with the edits made.",
+            "It is started anew: run this again; `model.trace(..., retries=1)` has it repeated with the edits made so far.",
             name=self.name,
         )
 
@@ -154,10 +155,9 @@ class Line:
         """Go; what this client has on the server goes with it."""
         opened, self._opened = self._opened, None
         if opened is not None and self._ray.is_initialized():
-            try:
+            # It may be gone already, or hear nothing of this client any more.
+            with contextlib.suppress(self._died, self._ray.exceptions.GetTimeoutError):
                 self._ray.get(self._actor.leave.options(concurrency_group="control").remote(opened.session), timeout=10)
-            except (self._died, self._ray.exceptions.GetTimeoutError):
-                pass  # it is gone already, or will hear nothing of this client any more
 
     def _lost(self, error: Exception) -> Lost:
         self._opened = None

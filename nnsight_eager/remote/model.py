@@ -93,7 +93,7 @@ class RemoteModel(LanguageModel):
         self._tree = RemoteTree(self._tree, line)
         self._paths = Paths(module)
 
-    def trace(self, *inputs: Any, retries: int = 0, **keywords: Any) -> RemoteTrace:  # type: ignore[override]
+    def trace(self, *inputs: Any, retries: int = 0, **keywords: Any) -> RemoteTrace:
         """Run one forward pass on the server with its insides open; inputs and keywords are those of `LanguageModel.trace`.
 
             with model.trace("The Eiffel Tower is in the city of", retries=1):
@@ -106,7 +106,7 @@ class RemoteModel(LanguageModel):
         trace.retries = retries
         return trace
 
-    def generate(self, *inputs: Any, retries: int = 0, **keywords: Any) -> RemoteTrace:  # type: ignore[override]
+    def generate(self, *inputs: Any, retries: int = 0, **keywords: Any) -> RemoteTrace:
         """Generate on the server with the insides of every step open; `retries` as in `trace`."""
         trace = super().generate(*inputs, **keywords)
         assert isinstance(trace, RemoteTrace)
@@ -131,12 +131,10 @@ class RemoteModel(LanguageModel):
         function is sent by value, with what it refers to; packages that it imports have to be installed there.
         """
         with by_value(function):
-            sent = packed((function, args, kwargs, self._edits()), places=name_of)
+            sent = packed((function, args, kwargs, self._edits()), places=self._name_of)
         return Future(self._tree.line, sent, getattr(function, "__name__", "function"))
 
-    def extract(  # type: ignore[override]
-        self, texts: Any, points: Any, out: Any, **options: Any
-    ) -> Any:
+    def extract(self, texts: Any, points: Any, out: Any, **options: Any) -> Any:
         """`LanguageModel.extract` next to the model: the folder is one of the server's, and nothing travels but the texts.
 
         What is given back reads the folder: here, where it is on a file system that both sides see, else through the server.
@@ -182,6 +180,9 @@ class RemoteModel(LanguageModel):
         assert isinstance(view, RemoteModel)
         return view
 
+    def _name_of(self, each: Any) -> Any:
+        return self._paths.name(each) or name_of(each)
+
     def _edits(self) -> list[tuple[str, Any]]:
         return [(edit.label, edit._program) for edit in self._tree.edits]
 
@@ -194,7 +195,7 @@ class RemoteModel(LanguageModel):
                 f"`fn={call.name}` cannot be sent.", "Name a method of the model, or use `model.submit(function)`."
             )
         return RemoteRun(
-            self._tree.line, self._module, self._paths, call, self._edits(), name_of, by_hand=by_hand, retries=retries
+            self._tree.line, self._module, self._paths, call, self._edits(), self._name_of, by_hand=by_hand, retries=retries
         )
 
 

@@ -66,19 +66,24 @@ def packed(value: Any, marks: Marks | None = None, places: Callable[[Any], Hasha
     memory: list[Any] = []
     forms: list[Form] = []
     names: list[Hashable] = []
+    sent: dict[int, tuple[int, torch.Tensor]] = {}  # the tensor is held, else another could get its identity
 
     def persistent(each: Any) -> Any:
         if places is not None and (name := places(each)) is not None:
             return "there", name
-        if type(each) is not torch.Tensor or each.layout is not torch.strided or each.device.type == "meta":
+        # Where tensors have names a parameter is one of them; else it stays a parameter, of a plain tensor.
+        kind = torch.Tensor if type(each) is torch.Tensor or marks is not None else ()
+        if not isinstance(each, kind) or each.layout is not torch.strided or each.device.type == "meta":
             return None
         mark, whole = (None, True) if marks is None else marks(each)
         if not whole:
             return "left", (mark, form_of(each))
-        memory.append(memory_of(each))
-        forms.append(form_of(each))
-        names.append(mark)
-        return "sent", len(memory) - 1
+        if id(each) not in sent:
+            sent[id(each)] = len(memory), each
+            memory.append(memory_of(each))
+            forms.append(form_of(each))
+            names.append(mark)
+        return "sent", sent[id(each)][0]
 
     return Packed(_pickled(value, persistent), memory, forms, names)
 
@@ -141,7 +146,7 @@ def _pickled(value: Any, persistent: Callable[[Any], Any]) -> bytes:
     """Pickle by value what the other side cannot import, such as what a notebook defines."""
     from ray import cloudpickle
 
-    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc, name-defined]
+    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
         def persistent_id(self, each: Any) -> Any:
             return persistent(each)
 

@@ -195,7 +195,7 @@ class RemoteRun:
     def look(self, verb: str, *args: Any) -> Any:
         """Something that is looked at."""
         value = self._send(verb, *args, closed=True)
-        return unpacked(value) if isinstance(value, Packed) else value
+        return unpacked(value, there=self._here) if isinstance(value, Packed) else value
 
     def fork(self) -> "RemoteRun":
         """A second run at the same place."""
@@ -274,7 +274,11 @@ class RemoteRun:
             self.at.over = True
         self.at = None
         if at.address is not None:
-            self.at = RemoteVisit(self._module_at(at), at, self._send, self._name_of)
+            self.at = RemoteVisit(self._module_at(at), at, self._send, self._name_of, self._here)
+
+    def _here(self, name: tuple[str, str]) -> Any:
+        """What is here under a name: a module of the tree."""
+        return self._paths.module(name[1])
 
     def _module_at(self, at: At) -> torch.nn.Module:
         """The module or the part of one that the run is paused at."""

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 
+from ..attention import pattern_of
 from ..cache import Cache, Keep
 from ..coroutine import OUR_FOLDER
 from ..current import leave
@@ -23,7 +24,6 @@ from ..interactive.held import HeldRun
 from ..interactive.journal import Random
 from ..model import NNsight
 from ..nested import first_tensor, tensors
-from ..points import pattern_of
 from ..run import Call, Run
 from ..source import part_of
 from ..trace import Trace
@@ -144,8 +144,8 @@ class ServedRun:
             return self._number(tensor), every or tensor is first
 
         if what.startswith(OUTPUT):
-            return packed(visit.value, marks)
-        return packed((visit.args, visit.kwargs, visit.inputs_unchanged()), marks)
+            return packed(visit.value, marks, self._paths.name)
+        return packed((visit.args, visit.kwargs, visit.inputs_unchanged()), marks, self._paths.name)
 
     def _rest(self, numbers: list[int]) -> list[Packed]:
         """Tensors that were left here."""
@@ -223,7 +223,7 @@ class ServedRun:
     def _local(self, name: str) -> Packed:
         """The value of a local name of the model's own frame."""
         assert self._held is not None
-        return packed(self._held.locals()[name])
+        return packed(self._held.locals()[name], places=self._paths.name)
 
     def _fork(self, _: int) -> HeldRun:
         assert self._held is not None
@@ -293,7 +293,9 @@ def device_of(module: torch.nn.Module) -> torch.device:
 
 def told(error: Exception) -> Exception:
     """An error as it is to travel: with the model's own lines as a note, since frames do not."""
-    lines = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith((OUR_FOLDER, TORCHS_FOLDER))]
+    lines = [
+        each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith((OUR_FOLDER, TORCHS_FOLDER))
+    ]
     if lines:
         where = "".join(traceback.format_list(lines[-3:])).rstrip()
         error.add_note(f"Where the model runs, innermost last:\n{where}")

@@ -140,7 +140,7 @@ class Server:
             return Answer(NOWHERE, None, told(error))
         seat.busy = True
         try:
-            answer = seat.do(self._in_turn, found, seat, message)
+            answer: Answer = seat.do(self._in_turn, found, seat, message)
         finally:
             seat.busy, seat.touched = False, time.monotonic()
         if message.verb == "finish" and answer.error is None and not seat.run.by_hand:
@@ -216,8 +216,8 @@ class Server:
         held = session.nbytes(self._weights)
         if held > limit:
             raise RemoteError(
-                f"{len(session.seats)} runs and {len(session.refs)} handles of this client hold {_megabytes(held)} on the server, "
-                f"more than its limit of {_megabytes(limit)}.",
+                f"{len(session.seats)} runs and {len(session.refs)} handles of this client hold {_megabytes(held)} there; its "
+                f"limit is {_megabytes(limit)}.",
                 "Let some of them go: leave their blocks, `run.close()`, `del` handles.",
             )
 

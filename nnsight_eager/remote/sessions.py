@@ -109,6 +109,8 @@ class Session:
         kind, which = name
         if kind == "ref":
             return self.kept(which)
+        if kind == "module":
+            return model._module.get_submodule(which)
         return model[which] if which else model
 
     def nbytes(self, weights: frozenset[int]) -> int:

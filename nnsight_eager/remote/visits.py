@@ -27,8 +27,10 @@ _NOT_HERE: Final = object()
 class RemoteVisit:
     """A visit on the server."""
 
-    def __init__(self, module: torch.nn.Module, at: At, send: Send, name_of: Callable[[Any], Hashable]) -> None:
-        """`send` asks the server, `name_of` gives the name of what is there already: a handle, the model."""
+    def __init__(
+        self, module: torch.nn.Module, at: At, send: Send, name_of: Callable[[Any], Hashable], here: Callable[[Any], Any]
+    ) -> None:
+        """`send` asks the server, `name_of` gives the name of what is there already, `here` what is here under a name."""
         self.module = module
         self.kind: Kind = same(at.kind)
         self.step = at.step
@@ -37,6 +39,7 @@ class RemoteVisit:
         self.over = False
         self._send = send
         self._name_of = name_of
+        self._here = here
         self._value: Any = _NOT_HERE
         self._inputs: Any = _NOT_HERE
         self._unchanged = True
@@ -140,7 +143,7 @@ class RemoteVisit:
         return known[0] if known is not None else self._name_of(each)
 
     def _unpacked(self, sent: Packed) -> Any:
-        return unpacked(sent, known=self._learn)
+        return unpacked(sent, known=self._learn, there=self._here)
 
     def _learn(self, number: Hashable, tensor: torch.Tensor) -> None:
         self._known[id(tensor)] = number, tensor, tensor._version  # type: ignore[assignment]

@@ -1,6 +1,6 @@
 """What client and server say to each other.
 
-    Message(run=3, begin=Begin(...), before=[("listen", (address,))], writes=Writes(...), verb="ask", args=(address, "output", …))
+    Message(run=3, begin=Begin(...), before=[("listen", (address,))], writes=Writes(...), verb="ask", args=(address, …))
     Answer(at=At(address, "output", step=0, times=1, …), value=Packed(...), error=None)
 
 One message takes a run as far as it is asked to go: it has the changes made since the last one, and its answer has the value
@@ -64,7 +64,7 @@ class Answer(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """What a client is told when it connects: its number, the life of the actor it is of, and how often to send a sign of life."""
+    """What a client is told that connects: its number, which life of the actor it is of, how often to send a sign of life."""
 
     session: int
     life: str
