@@ -440,15 +440,22 @@ def test_a_client_that_holds_more_than_it_may_loses_the_run_that_was_too_much(fo
     del handles
 
 
-def test_a_paused_run_holds_what_its_frames_hold(folder):
+def test_a_paused_run_holds_its_residual_stream_however_deep_it_is_and_its_key_value_cache(folder):
     from nnsight_eager.remote.holding import held_bytes, weights_of
 
     model = LanguageModel(folder("gpt2"), dispatch=True)
-    with torch.no_grad(), model.trace(PROMPT, use_cache=False) as tracer:
-        hidden = model.transformer.h[1].output
-        held = held_bytes(tracer._run, weights_of(model._module))
-    # The residual stream at this place, what the block was given, the ids, the positions: no earlier layer's output.
-    assert 2 * hidden.nbytes <= held < 4 * hidden.nbytes
+    weights = weights_of(model._module)
+
+    def held(layer, use_cache):
+        with torch.no_grad(), model.trace(PROMPT, use_cache=use_cache) as tracer:
+            hidden = model.transformer.h[layer].output
+            return hidden.nbytes, held_bytes(tracer._run, weights)
+
+    width, first = held(0, use_cache=False)
+    assert 2 * width <= first <= 5 * width  # what the block was given and gives, and the embeddings that it is the sum of
+    assert held(1, use_cache=False)[1] == held(2, use_cache=False)[1]
+    key_values = [held(layer, use_cache=True)[1] - held(layer, use_cache=False)[1] for layer in range(3)]
+    assert key_values == [2 * width * (layer + 1) for layer in range(3)]
 
 
 def test_clients_take_turns_and_who_has_computed_least_is_next():
