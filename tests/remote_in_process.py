@@ -6,6 +6,7 @@ from nnsight_eager.remote.line import Line
 from nnsight_eager.remote.model import RemoteModel
 from nnsight_eager.remote.serving import Server
 from nnsight_eager.remote.sessions import Limits
+from nnsight_eager.remote.wire import meant
 
 
 def travelled(value):
@@ -26,7 +27,7 @@ class LineHere(Line):
 
     def go(self, message):
         self.sent.append(message.verb)
-        return travelled(self.server.go(self._opened.session, travelled(message)))
+        return meant(travelled(self.server.go(self._opened.session, travelled(tuple(message)))))
 
     def call(self, method, *args):
         self.sent.append(method)

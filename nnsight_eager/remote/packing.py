@@ -3,25 +3,28 @@
     sent = packed(layer_output, keep=server.number_of)      # on one side
     value = unpacked(sent, tensor=client.known, ...)        # on the other: real tensors, which may be changed in place
 
-torch pickles a tensor through a file in memory; as an array beside the pickle it is copied once, by Ray. What is left where it
-is travels as a `Left`: its number, shape and dtype.
+torch pickles a tensor through a file in memory; as a buffer beside the pickle it is copied once, by Ray. What is left where it
+is travels as a `Left`: its number, shape and dtype. All of it is made of what Python pickles fastest, since a read waits for it.
 """
 
+import functools
 import io
 import pickle
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from ..nested import described
 
 
-class Form(NamedTuple):
-    """What a tensor's memory means."""
+Form = tuple[tuple[int, ...], str]
+"""What a tensor's memory means: its shape, and the name of its dtype as torch spells it."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+
+OF_NUMPY: Final = frozenset(
+    (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+)
 
 
 class Left:
@@ -31,8 +34,7 @@ class Left:
 
     def __init__(self, number: int, form: Form) -> None:
         self.number = number
-        self.shape = torch.Size(form.shape)
-        self.dtype = form.dtype
+        self.shape, self.dtype = meant(form)
 
     def __repr__(self) -> str:
         return f"<left on the server: {list(self.shape)} {str(self.dtype).removeprefix('torch.')}>"
@@ -50,15 +52,18 @@ class Packed(NamedTuple):
     @property
     def nbytes(self) -> int:
         """How large the tensors are."""
-        return sum(int(each.nbytes) for each in self.memory)
+        return sum(each.raw().nbytes for each in self.memory)
 
 
 Marks = Callable[[torch.Tensor], tuple[Hashable, bool]]
 """Gives what a tensor is called here, and whether its memory is to be sent."""
 
 
-def packed(value: Any, marks: Marks | None = None, places: Callable[[Any], Hashable] | None = None) -> Packed:
-    """Pack a value; `places` gives the name under which the other side has an object already, if it does."""
+def packed(value: Any, marks: Marks | None = None, places: Callable[[Any], Hashable] | None = None, by_value: bool = True) -> Packed:
+    """Pack a value; `places` gives the name under which the other side has an object already, if it does.
+
+    What a script or a notebook defines is sent `by_value`; without it, which is faster, only what cannot be found by its name.
+    """
     if type(value) is torch.Tensor and value.layout is torch.strided:
         mark, whole = (None, True) if marks is None else marks(value)
         if whole:
@@ -85,7 +90,7 @@ def packed(value: Any, marks: Marks | None = None, places: Callable[[Any], Hasha
             names.append(mark)
         return "sent", sent[id(each)][0]
 
-    return Packed(_pickled(value, persistent), memory, forms, names)
+    return Packed(_pickled(value, persistent, by_value), memory, forms, names)
 
 
 def unpacked(
@@ -118,52 +123,81 @@ def unpacked(
         assert there is not None
         return there(name)
 
-    return _unpickled(sent.body, loaded)
+    return _Unpickler(sent.body, loaded).load()
 
 
 def form_of(tensor: torch.Tensor) -> Form:
     """The form of a tensor."""
-    return Form(tuple(tensor.shape), tensor.dtype)
+    return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
 
-def memory_of(tensor: torch.Tensor) -> Any:
-    """The bytes of a tensor as an array; on the processor it is not copied where it lies in one piece."""
-    plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy()
+def meant(form: Form) -> tuple[torch.Size, torch.dtype]:
+    """The shape and the dtype that a form tells."""
+    shape, dtype = form
+    return torch.Size(shape), getattr(torch, dtype)
+
+
+def memory_of(tensor: torch.Tensor) -> pickle.PickleBuffer:
+    """The bytes of a tensor; on the processor they are not copied where they lie in one piece."""
+    plain = tensor.detach()
+    if plain.is_conj() or plain.is_neg():
+        plain = plain.resolve_conj().resolve_neg()
+    plain = plain.to("cpu").contiguous()
+    if plain.dtype not in OF_NUMPY:
+        plain = plain.reshape(-1).view(torch.uint8)
+    return pickle.PickleBuffer(plain.numpy())
 
 
 def tensor_of(memory: Any, form: Form) -> torch.Tensor:
     """A tensor with a copy of these bytes: what Ray hands over can only be read."""
-    import numpy
+    if torch.is_inference_mode_enabled():  # there it would have no version, and nobody would see that it is changed in place
+        with torch.inference_mode(False):
+            return tensor_of(memory, form)
+    shape, dtype = meant(form)
+    if not shape.numel():
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.frombuffer(bytearray(memory), dtype=dtype).reshape(shape)
 
-    with torch.inference_mode(False):  # else it has no version, and nobody sees that it was changed in place
-        tensor = torch.empty(form.shape, dtype=form.dtype, device="cpu")
-    numpy.copyto(tensor.reshape(-1).view(torch.uint8).numpy(), memory)
-    return tensor
 
-
-def _pickled(value: Any, persistent: Callable[[Any], Any]) -> bytes:
-    """Pickle by value what the other side cannot import, such as what a notebook defines."""
-    from ray import cloudpickle
-
-    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
-        def persistent_id(self, each: Any) -> Any:
-            return persistent(each)
-
+def _pickled(value: Any, persistent: Callable[[Any], Any], by_value: bool) -> bytes:
     with io.BytesIO() as file:
         try:
-            Pickler(file, protocol=5).dump(value)
+            _pickler(by_value)(file, persistent).dump(value)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
+            if not by_value:
+                return _pickled(value, persistent, by_value=True)
             raise unsendable(value, error) from None
         return file.getvalue()
 
 
-def _unpickled(body: bytes, loaded: Callable[[Any], Any]) -> Any:
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, pid: Any) -> Any:
-            return loaded(pid)
+@functools.cache
+def _pickler(by_value: bool) -> Any:
+    """A pickler that calls things by their names; `by_value` it takes along what the other side cannot import."""
+    if by_value:
+        from ray import cloudpickle
 
-    return Unpickler(io.BytesIO(body)).load()
+        pickler = cloudpickle.CloudPickler
+    else:
+        pickler = pickle.Pickler
+
+    class Named(pickler):  # type: ignore[misc, valid-type]
+        def __init__(self, file: Any, persistent: Callable[[Any], Any]) -> None:
+            super().__init__(file, protocol=5)
+            self._persistent = persistent
+
+        def persistent_id(self, each: Any) -> Any:
+            return self._persistent(each)
+
+    return Named
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, body: bytes, loaded: Callable[[Any], Any]) -> None:
+        super().__init__(io.BytesIO(body))
+        self._loaded = loaded
+
+    def persistent_load(self, name: Any) -> Any:
+        return self._loaded(name)
 
 
 def unsendable(value: Any, error: Exception) -> Exception:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .line import Line
-from .packing import Form, Packed, packed, unpacked
+from .packing import Form, Packed, meant, packed, unpacked
 
 
 class Ref:
@@ -23,8 +23,7 @@ class Ref:
     def __init__(self, line: Line, number: int, form: Form) -> None:
         self._line = line
         self._number = number
-        self.shape = torch.Size(form.shape)
-        self.dtype = form.dtype
+        self.shape, self.dtype = meant(form)
 
     @property
     def name(self) -> tuple[str, int]:

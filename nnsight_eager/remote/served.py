@@ -144,8 +144,8 @@ class ServedRun:
             return self._number(tensor), every or tensor is first
 
         if what.startswith(OUTPUT):
-            return packed(visit.value, marks, self._paths.name)
-        return packed((visit.args, visit.kwargs, visit.inputs_unchanged()), marks, self._paths.name)
+            return packed(visit.value, marks, self._paths.name, by_value=False)
+        return packed((visit.args, visit.kwargs, visit.inputs_unchanged()), marks, self._paths.name, by_value=False)
 
     def _rest(self, numbers: list[int]) -> list[Packed]:
         """Tensors that were left here."""
@@ -176,7 +176,7 @@ class ServedRun:
 
     def _result(self) -> Packed:
         self._finish_if_open()
-        return packed(self.run.result)
+        return packed(self.run.result, by_value=False)
 
     def _set_result(self, value: Packed) -> None:
         self._finish_if_open()
@@ -195,7 +195,7 @@ class ServedRun:
 
     def _cached(self, number: int) -> Packed:
         """What a cache has."""
-        return packed(self._caches[number]._entries)
+        return packed(self._caches[number]._entries, by_value=False)
 
     def _save_cache(self, number: int, path: str) -> None:
         """Write what a cache has to a file on this side."""

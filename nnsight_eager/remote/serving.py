@@ -32,7 +32,7 @@ from .packing import Packed, form_of, packed, unpacked
 from .served import ServedRun, device_of, store, told
 from .sessions import Limits, Seat, Session, Sessions
 from .turns import Turns
-from .wire import VERSION, Answer, At, Description, Message, Opened
+from .wire import VERSION, Answer, At, Description, Message, Opened, plain
 
 _job: ContextVar[int | None] = ContextVar("nnsight_eager_job", default=None)
 """The submitted function that this runs in."""
@@ -128,12 +128,16 @@ class Server:
 
     # Runs
 
-    def go(self, session: int, message: Message) -> Answer | None:
+    def go(self, session: int, sent: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Take a run as far as a message says; `None` where the client is not known, after a restart."""
         try:
             found = self._sessions[session]
         except KeyError:
             return None
+        return plain(self._gone(found, Message(*sent)))
+
+    def _gone(self, found: Session, message: Message) -> Answer:
+        """What came of a message."""
         try:
             seat = self._seat(found, message)
         except Exception as error:

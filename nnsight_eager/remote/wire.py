@@ -81,3 +81,15 @@ class Description(NamedTuple):
     generation_config: Any
     dtype: str
     rename: Any
+
+
+def plain(answer: Answer) -> tuple[Any, ...]:
+    """An answer as it is sent: of tuples, which pickle in a third of the time that our own classes take."""
+    at, value, error = answer
+    return tuple(at), tuple(value) if isinstance(value, Packed) else (value,), error
+
+
+def meant(sent: tuple[Any, ...]) -> Answer:
+    """The answer that was sent."""
+    at, value, error = sent
+    return Answer(At(*at), Packed(*value) if len(value) > 1 else value[0], error)
