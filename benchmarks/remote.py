@@ -182,12 +182,12 @@ def memory(address: str) -> None:
     print("| tokens | paused behind layer | held | by the formula |")
     print("|---:|---:|---:|---:|")
     for tokens in (256, 1024):
-        for layer in (0, layers - 1):
+        for layer in (1, layers - 1):
             with model.trace([[1] * tokens]) as tracer:
                 model.model.layers[layer].output_ref
                 (held,) = [each for client in model.status()["clients"] for each in client["runs"].values()]
                 tracer.stop()
-            formula = 4 * tokens * (3 * width + (layer + 1) * key_values)
+            formula = 4 * tokens * (3 * width + 2 * model.config.head_dim + (layer + 1) * key_values)
             print(f"| {tokens} | {layer} | {held['bytes'] / 1e6:.2f} MB | {formula / 1e6:.2f} MB |")
     model.disconnect()
 

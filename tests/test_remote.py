@@ -336,13 +336,15 @@ def test_a_function_has_the_edits_made_here(local, remote):
 
 
 def test_sampling_goes_by_the_seed_here(remote):
-    def sampled():
+    def sampled(drawn):
         torch.manual_seed(3)
-        return remote.generate(PROMPT, max_new_tokens=8, do_sample=True).result
+        with remote.generate(PROMPT, max_new_tokens=8, do_sample=True) as tracer:
+            for _ in tracer.iter[:]:
+                torch.rand(drawn)  # in the process of the server, which this is
+        return tracer.result
 
-    first = sampled()
-    torch.rand(7)  # in the process of the server, which this is
-    assert sampled().equal(first)
+    first = sampled(0)
+    assert sampled(7).equal(first)
     assert not remote.generate(PROMPT, max_new_tokens=8, do_sample=True).result.equal(first)
 
 
@@ -362,13 +364,15 @@ def test_what_does_not_travel_is_refused_with_what_to_write_instead(refused, sai
     assert said in str(caught.value)
 
 
-def test_gradients_do_not_travel(remote):
+def test_gradients_do_not_travel(remote, server):
     with pytest.raises(RemoteError, match="Gradients do not travel"), remote.trace(PROMPT) as tracer:
         remote.transformer.h[1].output
         with tracer.backward(remote.lm_head.output.sum()):
             pass
     with remote.trace(PROMPT):
         assert not remote.lm_head.output.requires_grad
+        (seat,) = [seat for seat in server._sessions.all()[-1].seats.values() if not seat.ended]
+        assert not seat.run.run.at.value.requires_grad  # no graph is held for nobody
 
 
 def test_extraction_writes_where_the_model_is_and_reads_through_it(remote, local, tmp_path):

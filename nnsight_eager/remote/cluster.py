@@ -73,6 +73,8 @@ def leave() -> None:
 def place(kind: type, name: str, arguments: tuple[Any, ...], cpus: float, gpus: float) -> Any:
     """Make an object of this class an actor that others find by its name; Ray starts it anew where it dies."""
     ray = ray_module()
+    if any(each["name"] == name and each["namespace"] == NAMESPACE for each in ray.util.list_named_actors(True)):
+        raise RemoteError(f"The cluster serves a model called `{name}` already.", "Give another `--name`.")
     groups = {"control": 4, "functions": CALLS_AT_ONCE}
     remote = ray.remote(concurrency_groups=groups)(kind).options(
         name=name,
@@ -84,16 +86,6 @@ def place(kind: type, name: str, arguments: tuple[Any, ...], cpus: float, gpus: 
         max_concurrency=CALLS_AT_ONCE,
     )
     return remote.remote(*arguments)
-
-
-def place_server(name: str, model: str, loading: dict[str, Any], limits: Any, cpus: float = 1, gpus: float = 0) -> Any:
-    """The actor that serves a model; refused where the name is taken."""
-    from .serving import Server
-
-    ray = ray_module()
-    if any(each["name"] == name and each["namespace"] == NAMESPACE for each in ray.util.list_named_actors(True)):
-        raise RemoteError(f"The cluster serves a model called `{name}` already.", "Give another `--name`.")
-    return place(Server, name, (model, name, loading, limits), cpus, gpus)
 
 
 def wait_for(actor: Any, name: str, ended: Any) -> None:
