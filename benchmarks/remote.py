@@ -108,7 +108,9 @@ def reads(address: str, rounds: int) -> None:
         tensor, array, read = (statistics.median(each) for each in times.values())
         size = tokens * WIDTH * 4
         shown = f"{size // 1024} kB" if size < 2**20 else f"{size // 2**20} MB"
-        print(f"| {shown} | {tensor:,.0f} µs | {array:,.0f} µs | {read:,.0f} µs | {read / tensor:.2f} × | {read / array:.2f} × |")
+        print(
+            f"| {shown} | {tensor:,.0f} µs | {array:,.0f} µs | {read:,.0f} µs | {read / tensor:.2f} × | {read / array:.2f} × |"
+        )
     model.disconnect()
     ray.kill(bare)
 

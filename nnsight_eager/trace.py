@@ -115,10 +115,9 @@ class Trace:
 
     def _run_of(self, call: Call, make: Callable[..., Forward] | None = None) -> Run:
         """A run of the code of one block, with the model's stored edits."""
-        make = make or self._tree.forward
         if self._tree.edits:
-            return SharedRun(self._tree.root, call, self._tree.memory, (), self._tree.edits, make)
-        return Run(self._tree.root, call, self._tree.memory, make)
+            return SharedRun(self._tree.root, call, self._tree.memory, (), self._tree.edits, make or self._tree.forward)
+        return Run(self._tree.root, call, self._tree.memory, make or self._tree.forward)
 
     def _begin(self, run: Run) -> None:
         """Make `run` the one that points mean."""

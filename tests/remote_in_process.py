@@ -1,4 +1,4 @@
-"""A server in this process, to which everything travels as it does to another: what a client and a server do without a cluster."""
+"""A server in this process, to which everything travels as it does to another: a client and a server without a cluster."""
 
 import pickle
 

@@ -543,5 +543,12 @@ for call in (
     assert done.stdout == expected * 2, done.stderr
 
 
+def test_the_command_refuses_in_a_sentence(capsys):
+    from nnsight_eager.__main__ import main
+
+    assert main(["serve", "gpt2", "--name", "gpt2", "--tp", "2"]) == 1
+    assert capsys.readouterr().err.startswith("nnsight_eager: `--tp 2`: a served model is on one actor so far.")
+
+
 def test_report_tells_nobody_outside_a_submitted_function():
     assert nnsight_eager.report(1, 2) is None

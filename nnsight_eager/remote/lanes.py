@@ -6,8 +6,7 @@
     lanes.give(lane)               # no run lives there any more: it serves the next
 
 Each run has one of its own, which its forks share. So torch's settings, which are of a thread, are of one run, a run that waits
-for its turn holds up no other, and Ray's own threads can come and go. A lane costs what an idle thread costs, and nothing of the
-model's.
+for its turn holds up no other, and Ray's own threads can come and go. A lane costs what an idle thread costs.
 """
 
 import threading

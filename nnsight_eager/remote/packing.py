@@ -4,7 +4,7 @@
     value = unpacked(sent, tensor=client.known, ...)        # on the other: real tensors, which may be changed in place
 
 torch pickles a tensor through a file in memory; as a buffer beside the pickle it is copied once, by Ray. What is left where it
-is travels as a `Left`: its number, shape and dtype. All of it is made of what Python pickles fastest, since a read waits for it.
+is travels as a `Left`: its number, shape and dtype. All of it is made of what is pickled fastest, since a read waits for it.
 """
 
 import functools
@@ -16,7 +16,6 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from ..nested import described
-
 
 Form = tuple[tuple[int, ...], str]
 """What a tensor's memory means: its shape, and the name of its dtype as torch spells it."""
@@ -59,7 +58,9 @@ Marks = Callable[[torch.Tensor], tuple[Hashable, bool]]
 """Gives what a tensor is called here, and whether its memory is to be sent."""
 
 
-def packed(value: Any, marks: Marks | None = None, places: Callable[[Any], Hashable] | None = None, by_value: bool = True) -> Packed:
+def packed(
+    value: Any, marks: Marks | None = None, places: Callable[[Any], Hashable] | None = None, by_value: bool = True
+) -> Packed:
     """Pack a value; `places` gives the name under which the other side has an object already, if it does.
 
     What a script or a notebook defines is sent `by_value`; without it, which is faster, only what cannot be found by its name.
