@@ -167,7 +167,7 @@ def remotely(prompts: list[str]) -> float:
 
     def norm(served: LanguageModel, scale: float) -> float:
         report(1, 2, "prompts")
-        return served.trace(prompts[0]).result.logits.norm().item() * scale
+        return float(served.trace(prompts[0]).result.logits.norm()) * scale
 
     future = model.submit(norm, scale=2.0)
     print(future.progress.done, future.done(), model.status())

@@ -53,8 +53,8 @@ def serve(arguments: list[str]) -> int:
         address = _cluster(options)
         for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own there
             signal.signal(number, lambda *_: ended.set())
-        arguments = options.model, options.name, _loading(options), _limits(options)
-        actor = cluster.place(Server, options.name, arguments, options.cpus, options.gpus)
+        given = options.model, options.name, _loading(options), _limits(options)
+        actor = cluster.place(Server, options.name, given, options.cpus, options.gpus)
         cluster.wait_for(actor, options.name, ended)
         if not ended.is_set():
             print(f'`{options.name}` is served: nnsight_eager.connect("{options.name}", address="{address}")', flush=True)

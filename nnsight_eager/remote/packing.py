@@ -146,7 +146,8 @@ def memory_of(tensor: torch.Tensor) -> pickle.PickleBuffer:
     plain = plain.to("cpu").contiguous()
     if plain.dtype not in OF_NUMPY:
         plain = plain.reshape(-1).view(torch.uint8)
-    return pickle.PickleBuffer(plain.numpy())
+    memory: Any = plain.numpy()
+    return pickle.PickleBuffer(memory)
 
 
 def tensor_of(memory: Any, form: Form) -> torch.Tensor:
