@@ -3,9 +3,9 @@
     python benchmarks/remote.py
 
 A cluster of this machine is started, on the loopback. Reads are timed beside bare Ray calls: of an actor that returns the same
-tensor, as anybody would write it, and of one that returns its bytes as an array, which is the least Ray can do. The read is of a
-layer's input where the model is paused at the output of the layer before: nothing is computed in between. Runs are of a small
-model, two reads each, from processes of their own.
+tensor, as anybody would write it, and of one that returns its bytes as an array, which is the least Ray can do. The read is of
+a layer's input where the model is paused at the output of the layer before: nothing is computed in between. Runs are of a
+small model, two reads each, from processes of their own.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def reads(address: str, rounds: int) -> None:
     model = nnsight_eager.connect("wide", address)
     ray = ray_module()
     bare = ray.remote(Bare).options(max_concurrency=CALLS_AT_ONCE).remote(TOKENS)
-    print("| tensor | bare call, tensor | bare call, array | a read | of the tensor's | of the array's |")
+    print("| tensor | bare call, tensor | bare call, array | a read | of the first | of the second |")
     print("|---:|---:|---:|---:|---:|---:|")
     for tokens in TOKENS:
         times: dict[str, list[float]] = {"tensor": [], "array": [], "read": []}
@@ -108,9 +108,7 @@ def reads(address: str, rounds: int) -> None:
         tensor, array, read = (statistics.median(each) for each in times.values())
         size = tokens * WIDTH * 4
         shown = f"{size // 1024} kB" if size < 2**20 else f"{size // 2**20} MB"
-        print(
-            f"| {shown} | {tensor:,.0f} µs | {array:,.0f} µs | {read:,.0f} µs | {read / tensor:.2f} × | {read / array:.2f} × |"
-        )
+        print(f"| {shown} | {tensor:,.0f} µs | {array:,.0f} µs | {read:,.0f} µs | {read / tensor:.2f} | {read / array:.2f} |")
     model.disconnect()
     ray.kill(bare)
 

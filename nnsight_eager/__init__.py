@@ -11,6 +11,7 @@ with model.trace("The Eiffel Tower is in the city of"):
 
 from typing import Any
 
+from . import plot as plot
 from .activations import Activations as Activations
 from .cache import Cache as Cache
 from .compat import add_save_to_tensors, save as save
@@ -52,6 +53,7 @@ from .model import NNsight as NNsight
 from .nested import shapes as shapes
 from .progress import report as report
 from .remote import connect as connect
+from .summaries import summary as summary
 from .trace import Trace as Trace
 from .tree import Envoy as Envoy
 

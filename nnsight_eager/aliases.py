@@ -6,7 +6,8 @@
     aliases.own("layers.2.attention")            # "transformer.h.2.attn"
 
 A key is a path, with `*` for any one name, or a class. Each module whose path ends with it gets the name where the module
-stands; and where the path has several names, at the module that the path begins at too, if it means only one there.
+stands; and where the path has several names, at the module that the path begins at too, if it means only one there. A child
+whose own name is that of a point or method (`output` in BERT) has another name in any case: `output_`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,14 +24,18 @@ Rename = Mapping[str | type, str | Sequence[str]]
 class Aliases:
     """The other names in one model."""
 
-    def __init__(self, root: torch.nn.Module, rename: Rename | None, taken: type) -> None:
-        """`taken` is the class whose attributes cannot be names."""
+    def __init__(self, root: torch.nn.Module, rename: Rename | None, taken: type, below: type) -> None:
+        """`taken` is the class whose attributes cannot be names; at the modules `below` the root it is that one."""
         self._at: dict[str, dict[str, str]] = {}
-        self._modules = dict(root.named_modules(remove_duplicate=False)) if rename else {}
+        self._modules = dict(root.named_modules(remove_duplicate=False))
         self._taken = taken
         for key, names in (rename or {}).items():
             for name in [names] if isinstance(names, str) else names:
                 self._add(key, name)
+        for path in filter(None, self._modules):  # last, so that a name of the user's choice comes before `output_`
+            host, _, name = path.rpartition(".")
+            if hasattr(below if host else taken, name) and f"{path}_" not in self._modules:
+                self._at.setdefault(host, {}).setdefault(f"{name}_", path)
         self._modules = {}
 
     def at(self, path: str) -> Mapping[str, str]:
@@ -56,11 +61,12 @@ class Aliases:
         return min(ways[1:] or ways, key=lambda way: way.count("."))
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        """Each name with what it stands for, places in a list together: `layers`, `transformer.h`."""
+        """Each name that was given, with what it stands for, places in a list together: `layers`, `transformer.h`."""
         seen: dict[tuple[str, str], None] = {}
         for names in self._at.values():
-            for own in names.values():
-                seen[_together(self.shown(own)), _together(own)] = None
+            for name, own in names.items():
+                if name != own.rpartition(".")[2] + "_":
+                    seen[_together(self.shown(own)), _together(own)] = None
         return iter(seen)
 
     def _add(self, key: str | type, name: str) -> None:

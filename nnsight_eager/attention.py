@@ -181,6 +181,23 @@ def pattern_of(module: torch.nn.Module, path: str) -> AttentionPattern:
     return AttentionPattern(module, f"{path}.pattern", implementation)
 
 
+def in_place_of(function: Any, owner: torch.nn.Module) -> Any:
+    """What the forward of `owner` is to call where it is about to call `function`.
+
+    The explicit attention, where the pattern was asked for after the forward had looked its attention function up.
+    """
+    pattern = getattr(vars(owner).get("config"), "nnsight_eager_pattern", None)
+    return explicit_attention if pattern is not None and pattern.owner is owner and _is_attention(function) else function
+
+
+def _is_attention(function: Any) -> bool:
+    """Whether the library's attention interface gives this function."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    registered = any(function is each for each in ALL_ATTENTION_FUNCTIONS.values())
+    return registered or getattr(function, "__name__", "") == "eager_attention_forward"
+
+
 def _uses_the_interface(module: torch.nn.Module) -> bool:
     """Whether the module's forward looks its attention function up in transformers' registry."""
     forward: Any = type(module).forward

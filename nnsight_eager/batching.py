@@ -68,6 +68,8 @@ class Rows(NamedTuple):
 
     def require(self, value: Any, factors: Factors, point: Callable[[], str]) -> None:
         """Raise where nothing in `value` has rows, and it is not shared by all either."""
+        if isinstance(value, torch.Tensor) and self.of(value, factors) is not None:
+            return
         inside = list(tensors(value))
         shared = (
             factors is not None and all(map(is_shared, inside)) if inside else isinstance(value, PLAIN) or bool(items(value))

@@ -17,13 +17,15 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from .errors import CacheError, RowsError
+from .folding import folded
 from .nested import described, first_tensor, mapped, tensors
 from .paths import near, spelled
-from .shown import Shown
+from .shown import Column, Grid, Line, Part, Shown
+from .summaries import one_line
 from .visits import OUTPUT, Visit
 
-SHOWN: Final = 12
-"""How many modules of a cache are listed when it is printed."""
+SHOWN: Final = 40
+"""How many lines of a cache are shown; layers of which the same was kept are one line."""
 
 Positions = int | slice | list[int] | None
 
@@ -141,17 +143,16 @@ class Cache(Shown):
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *(path.split(".")[0] for path in self._entries if path)})
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
+    def _parts(self) -> Iterator[Part]:
         visits = sum(map(len, self._entries.values()))
-        table = Table("module", "visits", "output", title=f"{len(self)} modules, {visits} visits, {self.nbytes / 1e6:.1f} MB")
-        for path, entries in [*self._entries.items()][:SHOWN]:
-            tensor = first_tensor(entries[-1].output)
-            table.add_row(path, str(len(entries)), "" if tensor is None else described(tensor))
-        if len(self) > SHOWN:
-            table.add_row(f"and {len(self) - SHOWN} more", "", "")
-        return table
+        yield Line(f"{len(self)} modules, {visits} visits, {self.nbytes / 1e6:.1f} MB", "title")
+        rows = folded((path, _kept(entries[-1]), str(len(entries))) for path, entries in self._entries.items())
+        columns = [Column("module"), Column("output", least=19)]
+        if any(len(entries) > 1 for entries in self._entries.values()):
+            columns.append(Column("visits", right=True))
+        yield Grid(columns, [(path or '""', *said)[: len(columns)] for path, *said in rows[:SHOWN]])
+        if len(rows) > SHOWN:
+            yield Line(f"and {len(rows) - SHOWN} more lines: `cache.keys()`", "dim")
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file, whose header holds the index as JSON.
@@ -186,7 +187,7 @@ class Cache(Shown):
             ) from None
 
 
-class Cached:
+class Cached(Shown):
     """One place in a cache: a module's values, and the way to those below it."""
 
     def __init__(self, cache: Cache, path: str) -> None:
@@ -252,8 +253,9 @@ class Cached:
 
     def __getitem__(self, key: int | str) -> "Cached":
         if isinstance(key, int) and key < 0:
-            below = [path.removeprefix(self._prefix) for path in self._cache._entries if path.startswith(self._prefix)]
-            key = 1 + max(int(each.split(".")[0]) for each in below if each.split(".")[0].isdigit()) + key
+            below = (path.removeprefix(self._prefix) for path in self._cache._entries if path.startswith(self._prefix))
+            last = max((int(name) for path in below if (name := path.split(".")[0]).isdigit()), default=-1)
+            key = last + 1 + key if last + 1 + key >= 0 else key
         return self._below(str(key))
 
     def _below(self, name: str) -> "Cached":
@@ -271,8 +273,22 @@ class Cached:
     def __bool__(self) -> bool:
         return True
 
-    def __repr__(self) -> str:
-        return f"<cached {spelled(self._path)}: {len(self)} visits>"
+    def _parts(self) -> Iterator[Part]:
+        below = sum(path.startswith(self._prefix) for path in self._cache._entries) - (not self._path and len(self) > 0)
+        inside = f", {below} modules below it" if below else ""
+        yield Line(f"cached of {spelled(self._path)}: {len(self)} visit{'s' * (len(self) != 1)}{inside}", "title")
+        entries = self._cache._entries.get(self._path, ())
+        rows = [(str(each.step), one_line(first_tensor(each.output))) for each in entries[:SHOWN]]
+        if rows:
+            yield Grid([Column("step", right=True), Column("output", 40, broken=True)], rows)
+        if len(entries) > SHOWN:
+            yield Line(f"and {len(entries) - SHOWN} more", "dim")
+
+
+def _kept(entry: Entry) -> str:
+    """What the last visit has left, in words."""
+    tensor = first_tensor(entry.output)
+    return "" if tensor is None else described(tensor)
 
 
 def _described(value: Any, stored: dict[str, torch.Tensor], name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 import torch
 
+from .attention import in_place_of
 from .coroutine import current_stack
 from .errors import SourceError
 from .inside import Part
@@ -130,6 +131,7 @@ class RunCalls:
         """Call what an operation calls: somebody may have asked for what is inside while the model was paused before it."""
         if self._begun is not None:
             self._begun[name] = CALLED
+        function = in_place_of(function, self._owner)
         inside = self._inside.get(name)
         if inside is None:
             return function(*args, **kwargs)

@@ -21,7 +21,7 @@ import torch
 
 from .changes import user_frame
 from .coroutine import frames
-from .errors import OutsideTraceError, RunEndedError
+from .errors import OutsideTraceError, RunEndedError, WrongThreadError
 from .run import Run
 
 
@@ -48,6 +48,10 @@ class _Held(threading.local):
 
 _held = _Held()
 
+# The same of all threads, to tell who reads on another one.
+_held_anywhere: weakref.WeakSet[Run] = weakref.WeakSet()
+_held_anywhere_lock = threading.Lock()
+
 
 def enter(run: Open) -> None:
     """Make `run` the one that points mean where this is called and on the stack above."""
@@ -64,7 +68,15 @@ def hold(run: Run) -> Run | None:
     """Have points on this thread mean `run` where no block of a trace is open; the run of the same model held until now."""
     before = held(run.root)
     _held.runs = [each for each in _held.runs if each() not in (None, before)] + [weakref.ref(run)]
+    with _held_anywhere_lock:
+        _held_anywhere.add(run)
     return before
+
+
+def _is_held_elsewhere(root: torch.nn.Module) -> bool:
+    """Whether another thread holds a run of `root` by hand."""
+    with _held_anywhere_lock:
+        return any(run.root is root and run.open for run in _held_anywhere)
 
 
 def held(root: torch.nn.Module) -> Run | None:
@@ -105,6 +117,11 @@ def _nearest(root: torch.nn.Module) -> Run:
             raise RunEndedError(
                 "The run of this model that was held by hand has ended.",
                 "`run.restart()` begins it again, `run.back_to(...)` goes back to a point.",
+            )
+        if _is_held_elsewhere(root):
+            raise WrongThreadError(
+                "The run of this model that is held by hand is paused on another thread.",
+                "Read its points on that thread, or open a trace of its own on this one.",
             )
         raise OutsideTraceError(
             "A point was read where no trace of this model is open.",

@@ -158,7 +158,8 @@ class Ears:
     def _new_ear(self, module: torch.nn.Module) -> Visit:
         """An ear for `module`, which later runs use again."""
         if not self.open:
-            raise RunEndedError("This run has ended.", "Read points inside the `with` block, or open a new trace.")
+            in_a_block = "Read points inside the `with` block, or open a new trace."
+            raise RunEndedError("This run has ended.", self._forward.again if self._forward.by_hand else in_a_block)
         kind = RootVisit if module is self._root else Visit
         visit = tap_at(not_compiled(kind)() if self.memory.compiled else kind(), module)
         visit.rest()

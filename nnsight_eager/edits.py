@@ -31,12 +31,16 @@ class Edit:
         """`stored` are the model's edits, to which it does not belong yet."""
         self.label = "edit"
         self.is_block = False  # made of a `with` block, whose names are those of this process
+        self.settings: tuple[Any, ...] = ()
         self._stored = stored
         self._program: Callable[[], Callable[[], Any]] = lambda: _nothing
 
-    def store(self, label: str, program: Callable[[], Callable[[], Any]]) -> "Edit":
-        """Have every run from here on begin with it; `program` gives what is to be run in a step."""
-        self.label, self._program = label, program
+    def store(self, label: str, program: Callable[[], Callable[[], Any]], settings: tuple[Any, ...] = ()) -> "Edit":
+        """Have every run from here on begin with it; `program` gives what is to be run in a step.
+
+        `settings` are what tells it from another of the same label: numbers and tensors.
+        """
+        self.label, self._program, self.settings = label, program, settings
         self._stored.append(self)
         return self
 
@@ -86,6 +90,11 @@ class EditBlock(Captured):
         """`entered` is what the `as` target gets."""
         self._edit = edit
         self._target = entered
+
+    def __call__(self, function: Callable[[], Any]) -> Any:
+        """Have `function`, called without arguments, be the block: `@model.edit(inplace=True)`."""
+        self._edit.store(label_of(function), lambda: function)
+        return self._target
 
     def _entered(self) -> Any:
         return self._target

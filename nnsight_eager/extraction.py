@@ -72,7 +72,10 @@ class Extraction:
 
     def write(self, folder: Path, share: Share | None = None) -> None:
         """Make what is missing in `folder`; nothing runs where all is there. With `share` others make it."""
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ExtractError(f"`{folder}` is a file.", "Give a folder, which need not exist yet.") from None
         with _alone_in(folder):
             index = self._index_in(folder)
             for part in folder.glob("shard-*.part"):  # of whoever was killed: nobody else is at work here
@@ -130,7 +133,7 @@ class Extraction:
             "batch_tokens": self._options.batch_tokens,
             "shard_bytes": self._options.shard_bytes,
             "weights": _weights(self.model),
-            "edits": [edit.label for edit in self.model._tree.edits],
+            "edits": [[edit.label, _digest([*map(_plain, edit.settings)])] for edit in self.model._tree.edits],
         }
 
     def _shards(self, points: Mapping[str, Form]) -> list[list[Batch]]:
@@ -238,6 +241,11 @@ def _digest(value: Any) -> str:
 def _weights(model: NNsight) -> str:
     """Tells weights apart."""
     return _digest([*map(_sampled, model._module.state_dict().items())])
+
+
+def _plain(setting: Any) -> Any:
+    """A setting of an edit as JSON: all of a tensor, since two steering vectors may differ anywhere."""
+    return [str(setting.dtype), setting.detach().double().tolist()] if isinstance(setting, torch.Tensor) else repr(setting)
 
 
 def _sampled(named: tuple[str, Any]) -> list[Any]:

@@ -8,10 +8,12 @@ model.tokenizer.decode(tracer.result[0])
 """
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -52,6 +54,23 @@ class Generator:
 
     def __repr__(self) -> str:
         return "model.generator: its `output` is what `model.generate(...)` returns"
+
+
+class Generation(Trace):
+    """A trace of a generation. It has no graph, so where its code asks autograd for a gradient, torch's error says why."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+        try:
+            _say_no_graph(error)
+            return super().__exit__(kind, error, traceback)
+        except RuntimeError as raised:  # by the block of an invoke
+            _say_no_graph(raised)
+            raise
+
+
+def _say_no_graph(error: BaseException | None) -> None:
+    if isinstance(error, RuntimeError) and re.search("requires?[ _]grad", str(error)):
+        error.add_note("Transformers' `generate` runs under `torch.no_grad()`: use `model.trace` for gradients.")
 
 
 class LanguageModel(NNsight):
@@ -254,6 +273,9 @@ class LanguageModel(NNsight):
             return Given((), prepare(([each.args[0] for each in inputs],), {})), [1] * len(inputs)  # tokenized at once
         prepared, sizes = together([prepare(each.args, each.kwargs) for each in inputs], self._side, self._pad)
         return Given((), prepared), sizes
+
+    def _new_trace(self, name: str, call: Call | None, division: Division | None) -> Trace:
+        return (Generation if name == "generate" else Trace)(self._tree, name, call, division)
 
     def _traced(self, name: str, inputs: tuple[Any, ...], keywords: dict[str, Any], batched: bool) -> Trace:
         """A trace of one call; where nothing says what to run on, that is left to invokes."""

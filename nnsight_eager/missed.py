@@ -32,6 +32,11 @@ class Miss(NamedTuple):
         return spelled(self.path, self.kind)
 
     @property
+    def asked_further(self) -> str:
+        """The same point at its next visit."""
+        return spelled(self.path, self.kind, further=True)
+
+    @property
     def ended(self) -> str:
         """What has ended."""
         return "the model has finished" if self.finished else f"step {self.step} has ended"
@@ -40,8 +45,7 @@ class Miss(NamedTuple):
     def earlier(self) -> str:
         """How to come by it."""
         if self.by_hand:
-            kind = "" if self.kind == "output" else f', "{self.kind}"'
-            return f"Go back to it: `run.back_to({spelled(self.path)}{kind})`"
+            return f"Go back to it: `{_going_back(self.asked)}`"
         return f"Read `{self.asked}` " + (
             f"above the line that reads `{self.paused_at}`" if self.paused_at else "earlier in the block"
         )
@@ -52,7 +56,7 @@ class Miss(NamedTuple):
         return self._error(
             OutOfOrderError,
             f"`{self.asked}` has already run in this step (step {self.step}){where}.",
-            f"{self.earlier}; for a later visit of it write `{spelled(self.path)}.next().{self.kind}`.",
+            f"{self.earlier}; for a later visit of it write `{self.asked_further}`.",
         )
 
     def too_late(self, owner: str) -> PointError:
@@ -75,7 +79,7 @@ class Miss(NamedTuple):
         """There is no next visit."""
         return self._error(
             NotReachedError,
-            f"`{spelled(self.path)}.next().{self.kind}` does not come: {self.ended} without a further visit.",
+            f"`{self.asked_further}` does not come: {self.ended} without a further visit.",
             "Ask for as many visits as there are; `tracer.iter[:]` loops until the model ends.",
         )
 
@@ -95,7 +99,7 @@ class Miss(NamedTuple):
         return self._error(
             NotReachedError,
             f"`{self.asked}` did not run: {self.ended} without coming by `{spelled(self.path)}`.",
-            "Read a module that this call runs; `print(model)` shows what there is.",
+            f"Read a module that this call runs; {self._back or '`print(model)` shows what there is'}.",
         )
 
     def not_taken(self, owner: str) -> PointError:
@@ -103,11 +107,23 @@ class Miss(NamedTuple):
         return self._error(
             NotReachedError,
             f"`{self.asked}` did not run: the forward of `{owner}` went another way.",
-            f"Read an operation that this call runs; `print({owner}.source)` shows where they stand.",
+            f"Read an operation that this call runs; `print({owner}.source)` shows where they stand"
+            + (f", and {self._back}." if self._back else "."),
         )
+
+    @property
+    def _back(self) -> str:
+        """How to come back from where a run that is held by hand has looked for the point in vain."""
+        return f"`{_going_back(self.paused_at)}` goes back to where the run was" if self.by_hand and self.paused_at else ""
 
     def _error(self, kind: type[PointError], happened: str, instead: str) -> PointError:
         return kind(happened, instead, asked=self.asked, paused_at=self.paused_at, step=self.step)
+
+
+def _going_back(point: str) -> str:
+    """The call that goes back to a point: `run.back_to(model.h[2], "input")`."""
+    module, _, kind = point.rpartition(".")
+    return f"run.back_to({module})" if kind == "output" else f'run.back_to({module}, "{kind}")'
 
 
 def why(miss: Miss, visit: Visit, which: Which, skipped: Iterable[torch.nn.Module], ears: Ears, beyond: bool) -> PointError:

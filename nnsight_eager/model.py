@@ -19,10 +19,11 @@ from .batching import Given, joined, with_shared
 from .cache import Cache, Positions
 from .constants import ablate, steer
 from .ears import Memory
-from .edits import Edit, EditBlock, label_of
+from .edits import Edit, EditBlock
 from .errors import EditError, InputError
 from .invokes import Division
 from .paths import spelled
+from .points import Points
 from .run import Call
 from .scan import Map, Scan, map_of
 from .trace import Trace
@@ -48,7 +49,7 @@ class NNsight(Envoy):
                 f"`{type(self).__name__}(...)` was given `{type(module).__name__}`, which is not a `torch.nn.Module`.",
                 "Pass the module itself; `LanguageModel` also takes a model's name or folder.",
             )
-        super().__init__(module, "", Tree(module, Memory(Aliases(module, rename, type(self)))))
+        super().__init__(module, "", Tree(module, Memory(Aliases(module, rename, type(self), Envoy))))
         self._tree.model = weakref.ref(self)
 
     def trace(
@@ -76,7 +77,7 @@ class NNsight(Envoy):
     @staticmethod
     def _kept(trace: Trace) -> Trace:
         """The trace as one that can be forked."""
-        from .interactive.held import KeptTrace
+        from .interactive.kept import KeptTrace
 
         return KeptTrace(trace)
 
@@ -113,7 +114,7 @@ class NNsight(Envoy):
 
         print(model.map("The Eiffel Tower is in"))       # a table; `.rows` has it as data
         """
-        return map_of(self.scan(*args, **kwargs), dict(self._module.named_modules()))
+        return map_of(self.scan(*args, **kwargs), dict(self._module.named_modules()), self._tree.memory.aliases)
 
     def edit(self, function: Callable[[], Any] | None = None, *, inplace: bool = False) -> Any:
         """An edit that every later trace and generation of the model begins with, once in each step.
@@ -131,12 +132,10 @@ class NNsight(Envoy):
         """
         edited = self if inplace else self._view()
         edit = Edit(edited._tree.edits)
-        if function is None:
-            return EditBlock(edit, edit if inplace else edited)
-        edit.store(label_of(function), lambda: function)
-        return edit if inplace else edited
+        block = EditBlock(edit, edit if inplace else edited)
+        return block if function is None else block(function)
 
-    def steer(self, layer: Envoy, vector: torch.Tensor, scale: float = 1.0, positions: Positions = None) -> Edit:
+    def steer(self, layer: Envoy | str, vector: torch.Tensor, scale: float = 1.0, positions: Positions = None) -> Edit:
         """Add `scale * vector` to what a layer gives, in every run from here on: a steering vector.
 
             with model.steer(model.transformer.h[6], vector, scale=4):      # for these traces; or keep the handle
@@ -146,10 +145,13 @@ class NNsight(Envoy):
         chooses tokens of each prompt, padding not counted; without them every position of every step is steered. (Turner et al.
         2023, Activation Addition, arXiv:2308.10248.)
         """
-        label = f"steer `{spelled(layer._path)}`"
-        return Edit(self._tree.edits).store(label, lambda: lambda: steer(layer, vector, scale, positions))
+        at = self._place(layer, "steer")
+        label = f"steer `{spelled(at._path)}`"
+        return Edit(self._tree.edits).store(
+            label, lambda: lambda: steer(at, vector, scale, positions), (vector, scale, positions)
+        )
 
-    def ablate(self, layer: Envoy, value: Any = 0, positions: Positions = None) -> Edit:
+    def ablate(self, layer: Envoy | str, value: Any = 0, positions: Positions = None) -> Edit:
         """Replace what a module gives by a constant in every run from here on.
 
             handle = model.ablate(model.transformer.h[5].mlp)               # zero ablation
@@ -160,8 +162,20 @@ class NNsight(Envoy):
         """
         if isinstance(value, str) and value != "mean":
             raise EditError(f"`ablate` was given {value!r}.", 'Give a number, a tensor or `"mean"`.')
-        label = f"ablate `{spelled(layer._path)}`"
-        return Edit(self._tree.edits).store(label, lambda: lambda: ablate(layer, value, positions))
+        at = self._place(layer, "ablate")
+        label = f"ablate `{spelled(at._path)}`"
+        return Edit(self._tree.edits).store(label, lambda: lambda: ablate(at, value, positions), (value, positions))
+
+    def _place(self, given: Any, given_to: str) -> Any:
+        """The place that an envoy, an operation or a path is."""
+        if isinstance(given, Points):
+            return given
+        if isinstance(given, str):
+            return self[given]
+        raise EditError(
+            f"`{given_to}` was given a `{type(given).__name__}`, which is no place in the model.",
+            "Give an envoy, an operation, or a path: `model.transformer.h[5]`.",
+        )
 
     def clear_edits(self) -> None:
         """Take away every edit of the model."""
@@ -177,10 +191,9 @@ class NNsight(Envoy):
         view._tree.forward = self._tree.forward
         return view
 
-    def __repr__(self) -> str:
-        lines = [f"{spelled(name)} is {spelled(own)}" for name, own in self._tree.memory.aliases]
-        lines += [repr(edit) for edit in self._tree.edits]
-        return "\nwith\n  ".join(["\n  ".join(each) for each in ([super().__repr__()], lines) if each])
+    def _notes(self) -> list[str]:
+        aliases = [f"{spelled(name)} is {spelled(own)}" for name, own in self._tree.memory.aliases]
+        return [*aliases, *map(repr, self._tree.edits)]
 
     def batch(self, inputs: Sequence[Given]) -> tuple[Given, list[int]]:
         """How the inputs of several invokes become one call: the arguments of that call, and the rows of each input.

@@ -64,6 +64,15 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors(item)
 
 
+def small_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a value but for those of a key/value cache, which are many and not looked at."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif not is_cache(value):
+        for _, item in items(value):
+            yield from small_tensors(item)
+
+
 def first_tensor(value: Any) -> torch.Tensor | None:
     """The first tensor in `value`; `None` where it has none."""
     return next(tensors(value), None)

@@ -7,10 +7,14 @@ spelled("transformer.h.2", "output")             # "model.transformer.h[2].outpu
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final
 
 import torch
 
 from .inside import Part
+
+PATTERN: Final = "pattern"
+"""The last name in the path of an attention's pattern; a child of that name is `pattern_`."""
 
 
 def path_in(root: torch.nn.Module, module: torch.nn.Module) -> str:
@@ -20,10 +24,13 @@ def path_in(root: torch.nn.Module, module: torch.nn.Module) -> str:
     return next((name for name, each in root.named_modules(remove_duplicate=False) if each is module), type(module).__name__)
 
 
-def spelled(path: str, kind: str = "") -> str:
-    """A path as one would write it: `model.transformer.h[2].output`."""
-    parts = [f"[{part}]" if part.isdigit() else f".{part}" for part in path.split(".") if part]
-    return "model" + "".join(parts) + (f".{kind}" if kind else "")
+def spelled(path: str, kind: str = "", *, further: bool = False) -> str:
+    """A path as one would write it: `model.transformer.h[2].output`, of folded ones `h[0…11]`; `further` is its next visit."""
+    owner, _, last = path.rpartition(".")
+    if last == PATTERN:  # a part that is a point itself: its output is what it is
+        path, kind = owner, PATTERN
+    parts = [f"[{part}]" if part.replace("…", "").isdigit() else f".{part}" for part in path.split(".") if part]
+    return "model" + "".join(parts) + ".next()" * further + (f".{kind}" if kind else "")
 
 
 def _no_others(path: str) -> Mapping[str, str]:
@@ -33,7 +40,7 @@ def _no_others(path: str) -> Mapping[str, str]:
 
 def near(name: str, names: Iterable[str]) -> str:
     """The end of a sentence that refuses `name`: what it may have been meant for."""
-    close = difflib.get_close_matches(name, list(names), n=3)
+    close = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3)
     return f"; did you mean {' or '.join(f'`{each}`' for each in close)}?" if close else "."
 
 

@@ -16,11 +16,13 @@ from torch.autograd.graph import GradientEdge
 
 from .attention import pattern_of
 from .backward import edge_of, here
+from .coroutine import without_our_frames
 from .errors import ChangedInPlaceError, EditError, NotReachedError, OutOfOrderError
 from .nested import described, first_tensor, with_first_tensor
-from .paths import spelled
+from .paths import PATTERN, spelled
 from .run import Run
-from .visits import INPUT, NEXT, NEXT_IN_STEP, OUTPUT, Kind, Visit, Which
+from .tracebacks import at_the_users_line
+from .visits import FIRST, INPUT, NEXT, NEXT_IN_STEP, OUTPUT, Kind, Visit, Which
 
 
 class Points:
@@ -44,14 +46,20 @@ class Points:
         It is what the calling module receives, after forward hooks, in the type the module returned: a tensor, a tuple, a
         model output. Raises `OutOfOrderError`, `NotReachedError` or `OutsideTraceError` at the line that asked.
         """
-        visit = self._visit(OUTPUT)
-        return visit.part(visit.value, OUTPUT)  # type: ignore[no-any-return]
+        try:  # as `at_the_users_line` does, without the cost of another call: this is the hot path
+            visit = self._visit(OUTPUT)
+            return visit.part(visit.value, OUTPUT)  # type: ignore[no-any-return]
+        except BaseException as error:
+            error.__traceback__ = without_our_frames(error.__traceback__)
+            raise
 
     @output.setter
+    @at_the_users_line
     def output(self, value: Any) -> None:
         self._run().replace(self._visit(OUTPUT), value, self._path)
 
     @property
+    @at_the_users_line
     def input(self) -> torch.Tensor:
         """The module's first positional argument, else its first keyword argument: `layer.input`, `layer.input = x`.
 
@@ -63,6 +71,7 @@ class Points:
         return visit.part(first, INPUT)  # type: ignore[no-any-return]
 
     @input.setter
+    @at_the_users_line
     def input(self, value: Any) -> None:
         visit = self._entering("input")
         visit.begin_change()
@@ -71,12 +80,14 @@ class Points:
         self._run().replace(visit, new, self._path)
 
     @property
+    @at_the_users_line
     def inputs(self) -> torch.Tensor:
         """All the module's arguments, `(args, kwargs)`: `(hidden, *rest), keywords = layer.inputs`."""
         visit = self._received()
         return visit.part((visit.args, visit.kwargs), "inputs")  # type: ignore[no-any-return]
 
     @inputs.setter
+    @at_the_users_line
     def inputs(self, value: Any) -> None:
         if not (isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[1], dict)):
             raise EditError(
@@ -86,6 +97,7 @@ class Points:
         self._run().replace(self._entering("inputs"), (tuple(value[0]), value[1]), self._path)
 
     @property
+    @at_the_users_line
     def hidden(self) -> torch.Tensor:
         """The first tensor of the output, whatever it is wrapped in: `[batch, seq, hidden]` for a transformer block.
 
@@ -98,6 +110,7 @@ class Points:
         return visit.part(found, "hidden")  # type: ignore[no-any-return]
 
     @hidden.setter
+    @at_the_users_line
     def hidden(self, value: Any) -> None:
         visit = self._visit(OUTPUT)
         visit.begin_change()
@@ -106,6 +119,7 @@ class Points:
         self._run().replace(visit, with_first_tensor(visit.value, value), self._path)
 
     @property
+    @at_the_users_line
     def pattern(self) -> torch.Tensor:
         """The attention probabilities `[batch, head, query, key]` of an attention module, whatever the model computes it with.
 
@@ -116,17 +130,19 @@ class Points:
         return visit.part(visit.value, "pattern")  # type: ignore[no-any-return]
 
     @pattern.setter
+    @at_the_users_line
     def pattern(self, value: Any) -> None:
         visit, path = self._at_pattern()
         self._run().replace(visit, value, path)
 
-    def _at_pattern(self) -> tuple[Visit, str]:
+    def _at_pattern(self, which: Which = FIRST) -> tuple[Visit, str]:
         """The visit to the part that computes the pattern, and its path."""
-        run, path = self._run(), f"{self._path}.pattern"
-        pattern = run.part((id(self._module), "pattern"), lambda: pattern_of(self._module, self._path))
-        return run.ask(pattern, OUTPUT, path), path
+        run, path = self._run(), f"{self._path}.{PATTERN}"
+        pattern = run.part((id(self._module), PATTERN), lambda: pattern_of(self._module, self._path))
+        return run.ask(pattern, OUTPUT, path, which), path
 
     @property
+    @at_the_users_line
     def output_grad(self) -> torch.Tensor:
         """The gradient of what the module gave (the first tensor of its output), in the block of a backward pass.
 
@@ -141,6 +157,7 @@ class Points:
         return self._run().view(self._path)(whole, "output_grad")  # type: ignore[no-any-return]
 
     @output_grad.setter
+    @at_the_users_line
     def output_grad(self, value: Any) -> None:
         edge, asked = self._edge()
         running = here(asked)
@@ -160,6 +177,7 @@ class Points:
             )
         return edge_of(given, asked), asked
 
+    @at_the_users_line
     def skip(self, value: Any) -> None:
         """Leave out the module's forward and go on with `value` as its output: `layer.skip(layer.input)`."""
         self._run().skip(self._entering("skip"), value, self._path)
@@ -232,13 +250,35 @@ class AtNextVisit(Points):
         if met is None:
             return self._go_on(run, kind)
         visit = met[0]
-        if visit.going_on and (visit, visit.step, visit.times) == met:
+        if self._goes_on():
             if visit is run.at and (visit.kind is kind or kind is INPUT):
                 return run.ask(self._module, kind, self._path)
             if kind is OUTPUT:
                 return self._go_on(run, kind)
-        asked = f"{spelled(self._path)}.next().{kind}"
-        raise OutOfOrderError(
+        raise self._over(kind)
+
+    def _at_pattern(self, which: Which = FIRST) -> tuple[Visit, str]:
+        """The pattern that the call which this stands for computes."""
+        if self._met is None:
+            self._visit(INPUT)
+        if not self._goes_on():
+            raise self._over(PATTERN)
+        return super()._at_pattern(NEXT if self._is_entered() else which)
+
+    def _goes_on(self) -> bool:
+        """Whether the visit that was met is still the module's."""
+        met = self._met
+        return met is not None and met[0].going_on and (met[0], met[0].step, met[0].times) == met
+
+    def _is_entered(self) -> bool:
+        """Whether the run is paused at the input of the visit that was met."""
+        at = self._run().at
+        return self._met is not None and at is self._met[0] and at.kind is INPUT
+
+    def _over(self, kind: str) -> OutOfOrderError:
+        """The error for an ask when the visit that was met has ended."""
+        run, asked = self._run(), spelled(self._path, kind, further=True)
+        return OutOfOrderError(
             f"The visit that this `{asked}` met is over; the run has moved on.",
             f"Write `{asked}` once more for the visit after this, or keep the value in a variable.",
             asked=asked,

@@ -59,8 +59,8 @@ class Stop(BaseException):
 class Run:
     """One model call in progress."""
 
-    __slots__ = ("__weakref__", "_beyond", "_ears", "_failed_with", "_forward", "_skipped", "_stack", "_step_over", "_whole",
-        "at", "changes", "cut_short", "open", "root")  # fmt: skip
+    __slots__ = ("__weakref__", "_beyond", "_ears", "_forward", "_skipped", "_stack", "_step_over", "_whole", "at", "changes",
+        "cut_short", "failed_with", "open", "root")  # fmt: skip
 
     def __init__(self, root: torch.nn.Module, call: Call, memory: Memory, make: Callable[..., Forward] = Forward) -> None:
         """Nothing runs yet. `memory` is what earlier runs of this model have left, `make` makes the coroutine."""
@@ -68,7 +68,7 @@ class Run:
         self.at: Visit | None = None
         self.open = True
         self.changes: list[Change] = []
-        self._failed_with = ""
+        self.failed_with = ""
         self._step_over = self._beyond = self.cut_short = False
         self._whole = True  # all of the call has been run, so that it tells what runs
         self._skipped: list[torch.nn.Module] = []
@@ -313,23 +313,17 @@ class Run:
     def finish(self) -> None:
         """Let the model run to its end."""
         self._refuse_ended()
-        forward = self._forward
-        while not forward.finished:
+        while not self._forward.finished:
             self._resume()
         if self._whole:
             self._ears.learned()
 
     def _refuse_ended(self) -> None:
         """Raise where the run has ended before its end."""
-        if self._failed_with:
-            raise RunEndedError(
-                f"This run has ended: its forward pass raised `{self._failed_with}`.",
-                "Open a new trace to run the model again.",
-            )
+        if self.failed_with:
+            raise RunEndedError(f"This run has ended: its forward pass raised `{self.failed_with}`.", self._forward.again)
         if self.cut_short:
-            raise RunEndedError(
-                "This run was closed before its end, so it has no result.", "Open a new trace to run the model."
-            )
+            raise RunEndedError("This run was closed before its end, so it has no result.", self._forward.again)
 
     def close(self) -> None:
         """End the run wherever it is; afterwards the model is as it was."""
@@ -365,7 +359,7 @@ class Run:
         """Raise what tells why the point is not reached from `before`."""
         if current_stack() is self._stack:
             raise inside_forward()
-        if self._failed_with:
+        if self.failed_with:
             self.finish()
         miss = self._miss(kind, path, before)
         raise why(miss, visit, which, self._skipped, self._ears, self._beyond)
@@ -375,6 +369,7 @@ class Run:
         step = self._forward.step
         if self.finished and step and not self._beyond:
             step -= 1  # the count goes on at the end of a step, and no other has begun
+        before = before if self.at is before else self._forward.left or before  # the visit has gone on with the run
         paused_at = spelled(self.path_of(before.module), before.kind) if before is not None else ""
         return Miss(path, kind, paused_at, step, self.finished, self._forward.by_hand)
 
@@ -390,7 +385,7 @@ class Run:
         if not self.finished:
             self.at = at  # a refusal: the run is where it was
             return
-        self._failed_with = type(error).__name__
+        self.failed_with = type(error).__name__
         if not isinstance(error, Exception):
             return
         module = innermost_module(error, {id(module) for module in self.root.modules()})

@@ -10,17 +10,20 @@ on, so weights need not be loaded; both sides run in the mode, so that tensors m
 chooses by values cannot: transformers keeps an attention mask that it would drop where it is all ones.
 """
 
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
+from .aliases import Aliases
 from .errors import InputError, InvokeError, PathError, RunError
-from .nested import described, mapped, tensors
+from .folding import folded
+from .nested import described, mapped, small_tensors
 from .paths import near, spelled
 from .run import Call
-from .shown import Shown
+from .shown import Column, Grid, Part, Shown
 from .trace import Trace
 from .tree import Tree
 from .visits import OUTPUT, Visit
@@ -80,29 +83,33 @@ class Row(NamedTuple):
 class Map(Shown):
     """The modules that a forward pass runs, in the order they begin; printed as a table."""
 
-    def __init__(self, rows: list[Row]) -> None:
+    def __init__(self, rows: list[Row], aliases: Aliases) -> None:
+        """`aliases` are the model's other names, in which it is shown and may be asked."""
         self.rows = rows
+        self._aliases = aliases
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, path: str) -> Row:
         """The row of one module."""
-        found = next((row for row in self.rows if row.path == path), None)
+        own = self._aliases.own(path)
+        found = next((row for row in self.rows if row.path == own), None)
         if found is None:
-            raise PathError(f"`{path}` does not run{near(path, (row.path for row in self.rows))}", "`.rows` lists what does.")
+            names = [self._aliases.shown(row.path) for row in self.rows]
+            raise PathError(f"`{path}` does not run{near(path, names)}", "`.rows` lists what does.")
         return found
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
+    def _parts(self) -> Iterator[Part]:
+        shown = self._aliases.shown
+        rows = [(shown(row.path), row.kind, row.input, row.output, str(row.visits)) for row in self.rows]
+        columns = [Column("module"), Column("type", 12, look="type"), Column("input", 19), Column("output", 19)]
+        if any(row.visits > 1 for row in self.rows):
+            columns.append(Column("visits", right=True))
+        yield Grid(columns, [(spelled(path), *said)[: len(columns)] for path, *said in folded(rows)])
 
-        table = Table("module", "type", "input", "output", "visits")
-        for row in self.rows:
-            table.add_row(spelled(row.path), row.kind, row.input, row.output, str(row.visits) if row.visits > 1 else "")
-        return table
 
-
-def map_of(scan: Scan, modules: dict[str, torch.nn.Module]) -> Map:
+def map_of(scan: Scan, modules: dict[str, torch.nn.Module], aliases: Aliases) -> Map:
     """Run the scan and note every call of these modules."""
     rows: dict[str, Row] = {}
 
@@ -120,12 +127,12 @@ def map_of(scan: Scan, modules: dict[str, torch.nn.Module]) -> Map:
     with scan:
         for path, module in modules.items():
             scan.watch(module, watcher(path, module))
-    return Map(list(rows.values()))
+    return Map(list(rows.values()), aliases)
 
 
 def _shown(value: Any) -> str:
-    """The tensors in a value, the first three of them in words."""
-    every = [described(each) for each in tensors(value)]
+    """The tensors in a value, the first three of them in words; a key/value cache has others in each layer."""
+    every = [described(each) for each in small_tensors(value)]
     return ", ".join(every[:3]) + (f", {len(every) - 3} more" if len(every) > 3 else "")
 
 

@@ -55,6 +55,22 @@ AUTOCAST_DEVICES: Final = autocast_devices()
 NO_AUTOCAST: Final = [False for _ in AUTOCAST_DEVICES]
 
 
+def is_plain() -> bool:
+    """Whether this thread's settings are those of a new thread without CUDA, whatever the grad mode."""
+    return (
+        not inference_enabled()
+        and torch_function_enabled()
+        and not count_function_modes()
+        and not count_dispatch_modes()
+        and top_saved_tensor_hooks(True) is None
+        and not any_autocast()
+        and not (open_autocast() and close_autocast())  # no autocast context is open, not even a disabled one
+        and multithreading_enabled()
+        and forward_ad_enabled()
+        and compiler_callback() is None
+    )
+
+
 class Settings:
     """What torch has set on this thread at one moment, complete enough to be put back."""
 
@@ -142,19 +158,8 @@ class Settings:
 
     def in_force(self) -> bool:
         """Whether this thread's settings are these, grad mode left aside: told by a dozen C calls."""
-        if self.plain:  # nearly always, and a constant is compared faster than an attribute
-            return (
-                not inference_enabled()
-                and torch_function_enabled()
-                and not count_function_modes()
-                and not count_dispatch_modes()
-                and top_saved_tensor_hooks(True) is None
-                and not any_autocast()
-                and open_autocast() + close_autocast() == 1  # no autocast context is open, not even a disabled one
-                and multithreading_enabled()
-                and forward_ad_enabled()
-                and compiler_callback() is None
-            )
+        if self.plain:
+            return is_plain()
         return (
             inference_enabled() is self.inference
             and torch_function_state() == self.torch_function

@@ -28,6 +28,7 @@ from .paths import spelled
 from .run import Call, Run, Stop
 from .shared import SharedRun
 from .steps import Steps
+from .tracebacks import at_the_users_line
 from .tree import Envoy, Tree
 from .visits import Forward, Watcher
 
@@ -71,12 +72,12 @@ class Trace:
         self._allow_blocks_of_backward(*(frame.f_code for frame in opening_frames(user_frame())))
         return self
 
+    @at_the_users_line
     def start(self, keep: bool = True) -> "HeldRun":
         """Begin the run and hold it by hand: paused before the first module, it stays open across cells and prompt lines.
 
             run = model.trace("The Eiffel Tower is in").start()
             run.step()                                  # `run.back_to`, `run.fork`: see `HeldRun`
-
         With `keep` the outputs of completed modules are kept, so that going back and forking need not compute them again.
         """
         from .interactive.held import HeldRun
@@ -99,12 +100,11 @@ class Trace:
         """End whatever has been begun; whether `error` has thereby done what it was raised for."""
         if self._invokes is None:
             return self._end(error)
+        leave(self._invokes)
         if self._results is None and error is None:
-            leave(self._invokes)
             self._run_invokes(self._invokes)
         else:
             self._invokes.open = False
-            leave(self._invokes)
         return False
 
     def _allow_blocks_of_backward(self, *codes: CodeType) -> None:

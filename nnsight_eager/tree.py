@@ -13,8 +13,9 @@ import torch
 from .coroutine import without_our_frames
 from .current import current
 from .ears import Memory
-from .errors import EditError, PathError
-from .paths import matching, near, path_in, spelled
+from .errors import EditError, NnsightEagerError, PathError, SourceError
+from .outline import Outline, Row, Seen
+from .paths import matching, near, spelled
 from .points import AtNextVisit, Points
 from .run import Run
 from .source import Source, source_of
@@ -44,6 +45,22 @@ class Tree:
     def run(self) -> Run:
         """The run that points of this tree belong to."""
         return self.bound_to or current(self.root)
+
+    def rows(self, at: str) -> list[Row]:
+        """The modules at and below a path, with what is known of the run that points belong to, or of the last one by hand."""
+        run, held = self._open_run(), self.held()
+        if held is not None and (run is None or run is held._run):
+            return held._rows(at)  # type: ignore[no-any-return]
+        states = {} if run is None or run.at is None else {id(run.at.module): "paused"}
+        return Seen(self.root, states, other_name=self.memory.aliases.shown).rows(at)
+
+    def _open_run(self) -> Run | None:
+        """The run that points of this tree belong to, if there is one."""
+        try:
+            run = self.run()
+        except NnsightEagerError:
+            return None
+        return run if isinstance(run, Run) and run.open else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy is another model: no run is open in it, and what was learned speaks of other modules.
@@ -236,27 +253,35 @@ class Envoy(Points):
 
     def _chosen(self, modules: Any) -> dict[str, torch.nn.Module]:
         """The modules that a user names: `None` for all, envoys, modules, paths with `*` for any one name, lists of these."""
+        own = dict(self._module.named_modules(remove_duplicate=False))
         if modules is None:
-            return dict(self._module.named_modules(remove_duplicate=False))
-        if not isinstance(modules, (list, tuple, set)):
-            modules = [modules]
+            return own
         chosen: dict[str, torch.nn.Module] = {}
-        for each in modules:
-            if isinstance(each, Envoy):
-                chosen[each._own_path] = each._module
-            elif isinstance(each, torch.nn.Module):
-                chosen[path_in(self._module, each)] = each
-            else:
-                others = self._tree.memory.aliases.at
-                found = matching(self._module, each, others) or matching(self._module, str(each).removeprefix("model."), others)
-                if not found:
-                    names = (path for path, _ in self._module.named_modules())
-                    raise PathError(
-                        f"`{each}` names no module of `{type(self._module).__name__}`{near(str(each), names)}",
-                        "Give envoys, or paths as in `print(model)`, with `*` for any one name: `transformer.h.*.mlp`.",
-                    )
-                chosen |= found
+        for each in modules if isinstance(modules, (list, tuple, set)) else [modules]:
+            chosen |= self._named(each, own)
         return chosen
+
+    def _named(self, each: Any, own: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+        """Those of its `own` modules that an envoy, a module or a path names."""
+        aliases, kind = self._tree.memory.aliases, type(self._module).__name__
+        if isinstance(each, (Envoy, torch.nn.Module)):
+            module = each._module if isinstance(each, Envoy) else each
+            paths = [path for path, one in own.items() if one is module]
+            if not paths:
+                raise PathError(
+                    f"What was given, a `{type(module).__name__}`, is no module of this `{kind}`.",
+                    "Give envoys of this model, looked up since its modules were last exchanged.",
+                )
+            written = getattr(each, "_own_path", "")
+            return {written if written in paths else paths[0]: module}
+        path = str(each)
+        found = matching(self._module, path, aliases.at) or matching(self._module, path.removeprefix("model."), aliases.at)
+        if not found:
+            raise PathError(
+                f"`{path}` names no module of `{kind}`{near(path, [*own, *map(aliases.shown, own)])}",
+                "Give envoys, or paths as in `print(model)`, with `*` for any one name: `transformer.h.*.mlp`.",
+            )
+        return found
 
     def __len__(self) -> int:
         return len(self._module)  # type: ignore[arg-type]
@@ -277,19 +302,35 @@ class Envoy(Points):
         return sorted({*super().__dir__(), *dir(self._module), *self._other_names, *taken})
 
     def __repr__(self) -> str:
-        return repr(self._module)
+        return repr(self._outline())
 
     def _repr_html_(self) -> str | None:
-        """In a notebook: the tree with its repeats as one line, and where the run that is held by hand is paused."""
-        from .interactive.display import ModelTree, rows_of
+        return self._outline()._repr_html_()
 
-        held, shown = self._tree.held(), self._tree.memory.aliases.shown
-        tree = held.tree(self) if held is not None else ModelTree(rows_of(self._tree.root, other_name=shown, at=self._own_path))
-        return tree._repr_html_()
+    def __rich__(self) -> Outline:
+        return self._outline()
+
+    def _outline(self) -> Outline:
+        """What is shown of it: the modules with their repeats as one line, where the run is paused, and further notes."""
+        return Outline(lambda: self._tree.rows(self._own_path), self._notes)
+
+    def _notes(self) -> list[str]:
+        """What is to be said below the modules."""
+        return []
 
 
 class NextEnvoy(AtNextVisit, Envoy):
     """A module at its next visit after now: what `envoy.next()` gives."""
+
+    @property
+    def source(self) -> Source:
+        """The operations of the visit that was met, as in `for visit in block.visits(): visit.source`."""
+        if self._met is None:
+            raise SourceError(
+                f"`{spelled(self._path, 'source', further=True)}` is of a visit that the run has not come to.",
+                f"Ask the operation for its next visit: `{spelled(self._path, 'source')}.name_0.next().output`.",
+            )
+        return super().source
 
     @classmethod
     def _of(cls, module: torch.nn.Module, path: str, tree: Tree) -> "Envoy":

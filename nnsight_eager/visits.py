@@ -57,6 +57,8 @@ class Forward(Coroutine):
     __slots__ = ("applied", "around", "awaited", "differentiable", "order", "step", "stop_at", "walking", "watched")
 
     by_hand = False  # whether it can be gone back in, so that errors say how
+    again = "Open a new trace to run the model again."  # what to do where it has ended
+    left: Place | None = None  # where it was paused last, known where it is held by hand
 
     def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """A run that is to be learned from sets `order`; `around` is then the calls in progress."""

@@ -16,10 +16,12 @@ from nnsight_eager import (
     connect,
     has_nan,
     norm_above,
+    plot,
     report,
     save,
     shape_is,
     shapes,
+    summary,
 )  # fmt: skip
 
 
@@ -172,3 +174,12 @@ def remotely(prompts: list[str]) -> float:
     future = model.submit(norm, scale=2.0)
     print(future.progress.done, future.done(), model.status())
     return future.result(timeout=10)  # type: ignore[no-any-return]
+
+
+def look_and_draw(model: LanguageModel, logits: torch.Tensor, pattern: torch.Tensor) -> None:
+    line: str = str(summary(logits))
+    tokens: list[str] = plot.tokens(model, line)
+    figure: plot.Plot = plot.logit_lens(logits, tokens, model.tokenizer.decode)
+    figure.save("lens.png")
+    plot.attention(pattern, tokens, heads=[0, 1]).save("attention.png")
+    plot.patching(logits[:, :, 0], tokens).figure.suptitle("A title")

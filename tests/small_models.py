@@ -78,7 +78,7 @@ def hooked(module, call, *names):
     return [taken[name] for name in names]
 
 
-def run_python(*arguments, stdin="", folder=None, **environment):
+def run_python(*arguments, stdin="", folder=None, seconds=120, **environment):
     """Run Python on the arguments with the package under test; what it printed, and an error where it failed."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -87,7 +87,7 @@ def run_python(*arguments, stdin="", folder=None, **environment):
         env={**os.environ, "PYTHONPATH": str(FOLDER), "PYTHONDONTWRITEBYTECODE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=seconds,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

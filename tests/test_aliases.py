@@ -64,6 +64,14 @@ def test_a_cache_is_read_in_any_names(model):
     assert "layers.3.w" not in cache
 
 
+def test_a_map_is_shown_and_asked_in_the_names(model):
+    found = model.map(X4)
+    assert "model.layers[1].linear" in repr(found)
+    assert found["layers.1.w"] == found["h.1.lin"]
+    with pytest.raises(PathError, match=r"`layers\.1\.line` does not run; did you mean `layers\.1\.linear`"):
+        found["layers.1.line"]
+
+
 def test_the_representation_lists_the_names():
     shown = repr(NNsight(Stack(), rename={"h": "layers", "*.lin": "linear"}))
     assert shown.endswith("with\n  model.layers is model.h\n  model.layers.*.linear is model.h.*.lin")
@@ -125,6 +133,40 @@ def test_a_module_is_exchanged_under_another_name():
     model.unembed = torch.nn.Identity()
     assert isinstance(model._module.head, torch.nn.Identity)
     assert not hasattr(model._module, "unembed")
+
+
+class Taken(torch.nn.Module):
+    """Has children called like a point, as BERT's layers do, and like a method of the root."""
+
+    def __init__(self):
+        super().__init__()
+        self.trace = Stack()
+        self.layer = torch.nn.ModuleDict({"output": torch.nn.Linear(4, 4), "trace": torch.nn.Linear(4, 4)})
+
+    def forward(self, x):
+        return self.layer["trace"](self.layer["output"](self.trace(x)))
+
+
+def test_a_name_that_is_taken_is_written_with_its_underscore_wherever_a_path_is():
+    model = NNsight(Taken())
+    assert repr(model) == repr(model._module)  # nobody has given these names
+    with pytest.raises(OutOfOrderError) as caught, model.trace(X4) as tracer:
+        cache = tracer.cache(modules=["layer.output_", "trace_.h.*"])
+        model.layer.trace.output
+        model.layer.output_.output
+    assert str(caught.value).startswith("`model.layer.output_.output` has already run")
+    assert caught.value.paused_at == "model.layer.trace.output"
+    assert cache.layer.output_.output.shape == cache["layer.output_"].output.shape == cache["layer.output"].output.shape
+    assert cache.trace_.h[1].output.shape == (1, 4)
+    assert model["layer.output_"] is model.layer["output"]
+
+
+def test_a_name_of_the_users_choice_comes_before_the_underscored_one():
+    model = NNsight(Taken(), rename={"output": "out"})
+    assert model.layer.out is model.layer.output_
+    with pytest.raises(OutOfOrderError, match=r"^`model\.layer\.out\.output` has already run"), model.trace(X4):
+        model.layer.trace.output
+        model.layer.out.output
 
 
 def test_copies_have_the_names(model):

@@ -83,6 +83,30 @@ def test_a_pattern_is_what_eager_attention_computes_and_the_model_goes_on_as_bef
     assert torch.allclose(tracer.result.logits[kept], plain[kept], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pattern_that_is_replaced_is_replaced_as_in_eager_attention(kind, monkeypatch):
+    explicit, fused, path = both(kind)
+    if kind == "bert" and transformers.__version__ < "5":  # it goes through the interface from transformers 5 on
+        pytest.skip("BERT has no pattern before transformers 5")
+    new = torch.softmax(torch.randn(2, 4, 9, 9), -1)
+    with torch.no_grad(), fused.trace(input_ids=IDS) as tracer:
+        fused[path].pattern = new
+    softmax, module = torch.nn.functional.softmax, explicit._module.get_submodule(path)
+
+    def attend(*args, **kwargs):
+        with monkeypatch.context() as patch:  # eager attention has one softmax, which gives the probabilities
+            patch.setattr(torch.nn.functional, "softmax", lambda scores, *_, **__: new.to(scores))
+            return type(module).forward(module, *args, **kwargs)
+
+    with torch.no_grad():
+        plain = explicit.trace(input_ids=IDS).result.logits
+        monkeypatch.setattr(module, "forward", attend)
+        expected = explicit.trace(input_ids=IDS).result.logits
+    assert torch.nn.functional.softmax is softmax
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    assert torch.allclose(tracer.result.logits, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "value"), [("llama", "v_proj"), ("gpt2", "c_attn")])
 def test_the_model_goes_on_with_a_pattern_that_is_assigned(kind, value):
     _, model, path = both(kind)
@@ -137,6 +161,27 @@ def test_every_step_of_a_generation_has_its_pattern(llama):
     assert torch.equal(tracer.result, plain)
 
 
+def test_the_next_visit_of_an_attention_has_its_own_pattern(llama):
+    attention = llama.model.layers[0].self_attn
+    with llama.generate(input_ids=IDS[:1], max_new_tokens=3, min_new_tokens=3) as tracer:
+        first = attention.pattern
+        further = attention.next()
+        second = further.pattern
+        further.pattern = second * 0
+        assert not further.pattern.any()
+        assert not attention.o_proj.input.any()
+        assert further.output[0].shape == (1, 1, 32)
+        third = attention.next()
+        assert third.input.shape == (1, 1, 32)
+        assert third.pattern.shape == (1, 4, 1, 11)
+        with pytest.raises(
+            OutOfOrderError, match=r"this `model\.model\.layers\[0\]\.self_attn\.next\(\)\.pattern` met is over"
+        ):
+            further.pattern
+    assert (first.shape, second.shape) == ((1, 4, 9, 9), (1, 4, 1, 10))
+    assert tracer.result.shape == (1, 12)
+
+
 def configurations(model):
     return [module.__dict__.get("config") for module in model._module.modules()]
 
@@ -187,10 +232,33 @@ def test_what_has_no_pattern_says_so(llama):
 def test_a_pattern_that_has_been_computed_is_out_of_order(llama):
     layer = llama.model.layers[0].self_attn
     for _ in range(2):
-        with pytest.raises(OutOfOrderError, match="has already run"), llama.trace(input_ids=IDS):
+        with pytest.raises(OutOfOrderError) as caught, llama.trace(input_ids=IDS):
             layer.output
             layer.pattern
+        assert str(caught.value).splitlines() == [
+            "`model.model.layers[0].self_attn.pattern` has already run in this step (step 0); the model was paused at "
+            "`model.model.layers[0].self_attn.output`.",
+            "Read `model.model.layers[0].self_attn.pattern` above the line that reads "
+            "`model.model.layers[0].self_attn.output`; for a later visit of it write "
+            "`model.model.layers[0].self_attn.next().pattern`.",
+        ]
     with llama.trace(input_ids=IDS):
         layer.pattern
         assert layer.output[0].shape == (2, 9, 32)
         assert llama.model.layers[0].hidden.shape == (2, 9, 32)
+
+
+def test_a_pattern_is_reached_from_where_its_attention_is_about_to_be_called(llama):
+    """The forward has looked its attention function up by then."""
+    layer = llama.model.layers[0].self_attn
+    with torch.no_grad(), llama.trace(input_ids=IDS):
+        pattern = layer.pattern
+        expected = llama.lm_head.output
+    with torch.no_grad(), llama.trace(input_ids=IDS):
+        _, query, key, *_ = layer.source.attention_interface_1.inputs[0]
+        assert torch.equal(layer.pattern, pattern)
+        assert torch.allclose(llama.lm_head.output, expected, atol=1e-6)
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) / query.shape[-1] ** 0.5
+    causal = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    assert torch.allclose(pattern, scores.masked_fill(~causal, float("-inf")).softmax(-1), atol=1e-6)

@@ -528,6 +528,29 @@ def test_under_generate_a_gradient_says_that_there_is_no_graph(lm):
     assert str(caught.value) == "There is no gradient of the loss:" + NO_GRAPH
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda hidden, loss: loss.backward(),
+        lambda hidden, loss: hidden.retain_grad(),
+        lambda hidden, loss: torch.autograd.grad(loss, hidden),
+    ],
+)
+@pytest.mark.parametrize("invoked", [False, True])
+def test_under_generate_torchs_own_errors_about_the_graph_say_why(lm, ask, invoked):
+    def block():
+        ask(lm.transformer.h[0].hidden, lm.lm_head.output.sum())
+
+    with pytest.raises(RuntimeError, match=r"requires?[ _]grad") as caught:
+        if invoked:
+            with lm.generate(max_new_tokens=2) as tracer:
+                tracer.invoke(PROMPTS[0], block)
+        else:
+            with lm.generate(PROMPTS[0], max_new_tokens=2):
+                block()
+    assert caught.value.__notes__ == ["Transformers' `generate` runs under `torch.no_grad()`: use `model.trace` for gradients."]
+
+
 def test_a_tensor_and_a_point_without_a_graph_say_so(model, net, x):
     net.h[0].requires_grad_(False)
     with model.trace(x) as tracer:

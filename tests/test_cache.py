@@ -73,11 +73,33 @@ def test_a_path_that_names_no_module_is_refused_with_near_names(model):
     assert instead == "Give envoys, or paths as in `print(model)`, with `*` for any one name: `transformer.h.*.mlp`."
 
 
+def test_what_names_no_module_of_the_model_is_refused(model):
+    other = NNsight(Stack())
+    stale = model.h[0].lin
+    model.h[0].lin = torch.nn.Linear(4, 4)
+    for given in (other.h[0], other._module.h[0], stale, 3):
+        with pytest.raises(PathError) as caught:
+            model.cache(X4, modules=["head", given])
+        assert len(str(caught.value).splitlines()) == 2
+    assert NNsight(model._module.h).cache(X4, fn=lambda x: model._module(x), modules=model.h[1]).keys() == ["1"]
+    renamed = NNsight(Stack(), rename={"h": "layers"})
+    with pytest.raises(PathError, match=r"`layer\.1` names no module of `Stack`; did you mean `layers\.1`"):
+        renamed.cache(X4, modules="layer.1")
+
+
 def test_values_are_found_by_path_and_by_navigation(model):
     cache = model.cache(X4)
     for found in (cache["h.1.lin"], cache.h[1].lin, cache["model.h.1.lin"], cache.h[-2].lin):
         assert found.output is cache["h.1.lin"].output
     assert {"h", "head"} <= set(dir(cache))
+
+
+def test_a_number_counted_from_the_end_that_is_not_there_is_named_as_it_was_written(model):
+    cache = model.cache(X4, modules=["h.*", "head"])
+    assert torch.equal(cache.h[-3].output, cache["h.0"].output)
+    for missing in (lambda: cache.h[-4], lambda: cache.head[-4]):
+        with pytest.raises(CacheError, match=r"^The cache has nothing of `\w+\.-4`"):
+            missing()
 
 
 def test_what_a_cache_does_not_hold_is_a_sentence(model):

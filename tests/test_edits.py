@@ -387,6 +387,26 @@ def test_the_block_of_an_edit_in_place_gives_a_handle(model):
     assert torch.equal(model.trace(X4).result, plain)
 
 
+def test_a_function_is_an_edit_as_a_decorator_too(model):
+    plain = model.trace(X4).result
+
+    @model.edit(inplace=True)
+    def zero():
+        model.h[1].lin.output *= 0
+
+    assert torch.equal(model.trace(X4).result, with_hook(model, X4, ("h.1.lin", lambda output: output * 0)))
+    zero.remove()
+    assert torch.equal(model.trace(X4).result, plain)
+
+
+def test_steering_and_ablation_take_a_path_and_nothing_that_is_no_place(model):
+    with model.ablate("h.1.lin"), model.steer("h.0", torch.ones(4)):
+        assert repr(model).endswith("<ablate `model.h[1].lin`>\n  <steer `model.h[0]`>")
+    with pytest.raises(EditError) as caught:
+        model.steer(model._module.h[0], torch.ones(4))
+    assert str(caught.value).splitlines()[0] == "`steer` was given a `Block`, which is no place in the model."
+
+
 @pytest.mark.parametrize("kind", ["generator", "coroutine", "with arguments"])
 def test_a_function_that_would_never_run_is_refused_as_an_edit(model, kind):
     def generator():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from small_models import X4, Stack
 
 from nnsight_eager import NNsight, OutOfOrderError
 from nnsight_eager.nested import first_tensor
@@ -162,3 +163,24 @@ def test_a_walk_comes_to_what_plain_hooks_give(train, grad, keep, moves):
         if len(walks) == 1:
             assert all(map(torch.equal, module.buffers(), buffers))
     assert [dict(vars(each)) for each in module.modules()] == before
+
+
+def test_going_back_and_forking_keep_the_receipt_of_what_is_not_computed_again():
+    module = Stack()
+    run = NNsight(module).trace(X4).start()
+    lin = run.model.h[0].lin
+    run.to(lin)
+    lin.output = lin.output * 2
+    run.to("h.2")
+    for where in (("h.1",), ("h.1.lin", "input")):
+        run.back_to(*where)
+        assert [(each.point, each.size) for each in run.edits] == [("model.h[0].lin.output", 1.0)]
+    other = run.fork()
+    assert [each.point for each in other.edits] == ["model.h[0].lin.output"]
+    result = run.finish()
+    assert torch.equal(result, other.finish())
+    run.restart()
+    assert not run.edits
+    run.close()
+    module.h[0].lin.register_forward_hook(lambda *_: _[-1] * 2)
+    assert torch.equal(result, module(X4))

@@ -112,7 +112,7 @@ def test_showing_an_envoy_in_a_notebook_does_not_advance_the_run(shell, watched)
         before = list(events)
         data, _ = shell.display_formatter.format(model.h[1])
         assert events == before
-    assert data["text/plain"] == repr(model._module.h[1])
+        assert data["text/plain"] == repr(model.h[1])
 
 
 @pytest.mark.parametrize("name", POINTS)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from small_models import X4, Stack, hooked
 
 import nnsight_eager as nnsight
@@ -185,6 +186,7 @@ def test_the_cache_of_an_invoke_has_its_rows(gpt2):
 # Scans and sessions
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="attention masks of transformers 4 choose by values")
 def test_a_scan_gives_shapes_without_weights_and_finds_a_wrong_index(folder):
     model = nnsight.LanguageModel(folder("gpt2"))
     with model.scan(TEXT):
@@ -200,6 +202,15 @@ def test_a_cache_in_a_scan_has_shapes(model):
     with model.scan(X4) as tracer:
         cache = tracer.cache()
     assert {path: cache[path].output.shape for path in ("h.0", "head")} == {"h.0": (1, 4), "head": (1, 4)}
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="attention masks of transformers 4 choose by values")
+def test_a_cache_in_a_scan_tells_the_size_before_anything_runs(folder):
+    model, options = nnsight.LanguageModel(folder("gpt2")), {"modules": ["transformer.h.*"], "positions": [-1, -2]}
+    with model.scan("The Eiffel Tower") as tracer:
+        estimate = tracer.cache(**options, dtype=torch.float16)
+    assert all(weight.is_meta for weight in model.parameters())
+    assert estimate.nbytes == 3 * 2 * 32 * 2 == model.cache("The Eiffel Tower", **options, dtype=torch.float16).nbytes
 
 
 def test_values_of_a_session_pass_from_trace_to_trace(model):

@@ -411,6 +411,14 @@ def test_the_next_token_has_its_operation_too(model):
     assert all(torch.equal(*pair) for pair in zip((first, second, third), lins, strict=True))
 
 
+def test_the_next_call_of_a_module_has_no_source_before_it_is_met(model, block):
+    with pytest.raises(SourceError) as caught, model.trace(X):
+        block.next().source
+    assert str(caught.value).splitlines()[1] == (
+        "Ask the operation for its next visit: `model.blocks[0].source.name_0.next().output`."
+    )
+
+
 def test_a_further_visit_is_refused_inside_a_forward_whose_own_nobody_hears(model):
     def read():
         model.blocks[0].lin.output

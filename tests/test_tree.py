@@ -120,9 +120,16 @@ def test_a_module_whose_name_is_taken_can_be_exchanged_under_its_underscored_nam
     assert "output_" not in named._module._modules
 
 
-def test_the_tree_looks_as_torch_shows_it(model):
-    assert repr(model) == repr(model._module)
-    assert repr(model.h[0]) == repr(model._module.h[0])
+def test_the_tree_shows_repeats_once_and_what_torch_shows_of_each_module(model):
+    assert repr(model).splitlines() == [
+        "model            Stack",
+        "├── h            ModuleList",
+        "│   └── 0 … 2    3 x Block",
+        "│       └── lin  Linear(in_features=4, out_features=4, bias=True)",
+        "├── head         Linear(in_features=4, out_features=4, bias=True)",
+        "└── unused       Linear(in_features=4, out_features=4, bias=True)",
+    ]
+    assert repr(model.h[0]).splitlines() == ["0        Block", "└── lin  Linear(in_features=4, out_features=4, bias=True)"]
 
 
 # Calling
@@ -200,7 +207,7 @@ def test_a_method_cannot_be_assigned_over(model, method):
 
 def test_an_underscored_name_that_is_not_there_is_refused_at_once(model):
     assert not hasattr(model, "_anything")
-    assert not hasattr(model.h, "_repr_html_")
+    assert not hasattr(model.h, "_repr_svg_")
     assert not hasattr(model.h[0], "__array__")
 
 

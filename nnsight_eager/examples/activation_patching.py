@@ -11,17 +11,12 @@ more than half up to layer 21; one at the last position nothing in the early lay
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from nnsight_eager import Envoy, LanguageModel
+from nnsight_eager import Envoy, LanguageModel, plot
 from nnsight_eager.examples.command import count, parser, run
-from nnsight_eager.examples.drawing import axes, heat_map
 from nnsight_eager.examples.indirect_objects import Prompts, prompts
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @torch.no_grad()
@@ -47,7 +42,7 @@ def recovered(model: LanguageModel, given: Prompts, part: Callable[[Envoy], Envo
     return (preferences - worst) / (best - worst)
 
 
-def experiment(model: LanguageModel, options: Namespace) -> "Figure":
+def experiment(model: LanguageModel, options: Namespace) -> plot.Plot:
     """The heat map of all layers and positions."""
     given = prompts(model, options.scenes)
     found = recovered(model, given)
@@ -59,10 +54,7 @@ def experiment(model: LanguageModel, options: Namespace) -> "Figure":
     labels = [*given.tokens]
     labels[given.subject] += " (S2)"
     title = f"One position of the residual stream, put from the clean into the corrupt run ({len(given.clean)} prompts)"
-    figure, plot = axes(title, "position (tokens of the first prompt)", "layer", (8, 5))
-    lowest = min(0.0, found.min().item())
-    heat_map(plot, found, labels, "recovered logit difference (0: corrupt, 1: clean)", cmap="Blues", vmin=lowest, vmax=1)
-    return figure
+    return plot.patching(found, labels, title)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,18 +13,13 @@ further than the gradient sees, as Nanda found.
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from nnsight_eager import Envoy, LanguageModel
+from nnsight_eager import Envoy, LanguageModel, plot
 from nnsight_eager.examples.activation_patching import recovered
 from nnsight_eager.examples.command import count, parser, run
-from nnsight_eager.examples.drawing import axes
 from nnsight_eager.examples.indirect_objects import Prompts, prompts
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PARTS: dict[str, Callable[[Envoy], Envoy]] = {
     "residual stream": lambda layer: layer,
@@ -50,10 +45,10 @@ def estimated(model: LanguageModel, given: Prompts, part: Callable[[Envoy], Envo
     return (torch.stack(effects) / (best - worst)).detach()
 
 
-def experiment(model: LanguageModel, options: Namespace) -> "Figure":
+def experiment(model: LanguageModel, options: Namespace) -> plot.Plot:
     """The scatter plot of estimates and patches, a point for each layer and position."""
     given = prompts(model, options.scenes)
-    figure, plot = axes(
+    figure, axes = plot.empty(
         "Attribution patching beside activation patching",
         "recovered logit difference, estimated from the gradient",
         "recovered logit difference, by the patch",
@@ -64,15 +59,15 @@ def experiment(model: LanguageModel, options: Namespace) -> "Figure":
         guess = estimated(model, given, part)[:, given.subject :].flatten()
         patch = recovered(model, given, part)[:, given.subject :].flatten()
         correlation = torch.corrcoef(torch.stack((guess, patch)))[0, 1]
-        plot.scatter(guess, patch, s=14, alpha=0.7, label=f"{name} (r = {correlation:.2f})")
+        axes.scatter(guess, patch, s=14, alpha=0.7, label=f"{name} (r = {correlation:.2f})")
 
         off = int((guess - patch).abs().argmax())
         layer, position = divmod(off, len(given.tokens) - given.subject)
         token = given.tokens[given.subject + position]
         print(f"{name}: correlation {correlation:.3f} over {len(guess)} patches")
         print(f"  furthest off at layer {layer}, {token!r}: estimated {guess[off]:.2f}, recovered {patch[off]:.2f}")
-    plot.axline((0, 0), slope=1, color="0.7", linewidth=1, zorder=0)
-    plot.legend(frameon=False, loc="lower right")
+    axes.axline((0, 0), slope=1, color="0.7", linewidth=1, zorder=0)
+    axes.legend(frameon=False, loc="lower right")
     return figure
 
 

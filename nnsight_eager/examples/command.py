@@ -8,16 +8,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from nnsight_eager import InputError, LanguageModel, NnsightEagerError, demo
+from nnsight_eager import InputError, LanguageModel, NnsightEagerError, demo, plot
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Experiment = Callable[[LanguageModel, argparse.Namespace], "Figure"]
+Experiment = Callable[[LanguageModel, argparse.Namespace], plot.Plot]
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -34,7 +30,7 @@ def run(experiment: Experiment, parser: argparse.ArgumentParser, arguments: Sequ
     try:
         import matplotlib  # noqa: F401  # asked for before the model is loaded, since the figure comes last
 
-        experiment(loaded(options.model or demo.folder()), options).savefig(options.out, dpi=100)
+        experiment(loaded(options.model or demo.folder()), options).save(options.out)
     except ModuleNotFoundError as error:
         return refused(f"The figures need the package `{error.name}`.\nRun `pip install 'nnsight_eager[examples]'`.")
     except NnsightEagerError as error:

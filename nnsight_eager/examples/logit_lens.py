@@ -8,46 +8,28 @@ Each layer's output goes through the final norm and the output matrix (nostalgeb
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from nnsight_eager import LanguageModel
+from nnsight_eager import LanguageModel, plot
 from nnsight_eager.examples.command import parser, run
-from nnsight_eager.examples.drawing import axes, heat_map, shown
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @torch.no_grad()
-def answers(model: LanguageModel, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest token of each layer and position and its probability, both `[layer, position]`."""
+def answers(model: LanguageModel, prompt: str) -> torch.Tensor:
+    """What each layer would answer at each position, as logits `[layer, position, vocabulary]`."""
     with model.trace(prompt):
-        logits = torch.stack([model.lm_head(model.model.norm(layer.hidden))[0] for layer in model.model.layers])
-    best = logits.softmax(-1).max(-1)
-    return best.indices, best.values
+        logits = [model.lm_head(model.model.norm(layer.hidden))[0] for layer in model.model.layers]
+    return torch.stack(logits)
 
 
-def experiment(model: LanguageModel, options: Namespace) -> "Figure":
+def experiment(model: LanguageModel, options: Namespace) -> plot.Plot:
     """The heat map of all layers and positions, with the tokens written in it."""
-    decode = model.tokenizer.decode
-    ids, probabilities = answers(model, options.prompt)
-    final = ids[-1, -1]
-    first = next(layer for layer in range(len(ids)) if (ids[layer:, -1] == final).all())
-    print(f"{decode(final)!r} is the likeliest token at the last position from layer {first} on.")
-
-    tokens = [decode(token) for token in model.tokenizer(options.prompt).input_ids]
-    title = "The likeliest next token, read from the output of each layer"
-    figure, plot = axes(title, "position (tokens of the prompt)", "layer", (2 + 0.8 * len(tokens), 1.5 + 0.2 * len(ids)))
-    heat_map(plot, probabilities, tokens, "probability of the token", cmap="Blues", vmin=0, vmax=1)
-    for (layer, position), token in zip(
-        torch.cartesian_prod(*map(torch.arange, ids.shape)).tolist(), ids.flatten(), strict=True
-    ):
-        colour = "white" if probabilities[layer, position] > 0.6 else "black"
-        text = shown(decode(token))[:10]
-        plot.text(position, layer, text, ha="center", va="center", fontsize=8.5, color=colour, parse_math=False, clip_on=True)
-    return figure
+    logits, decode = answers(model, options.prompt), model.tokenizer.decode
+    ids = logits[:, -1].argmax(-1)
+    first = next(layer for layer in range(len(ids)) if (ids[layer:] == ids[-1]).all())
+    print(f"{decode(ids[-1])!r} is the likeliest token at the last position from layer {first} on.")
+    return plot.logit_lens(logits, plot.tokens(model, options.prompt), decode)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,16 +10,11 @@ In the demo model the log-odds of good over bad words are 2.6 nats without a pus
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from nnsight_eager import InputError, LanguageModel
+from nnsight_eager import InputError, LanguageModel, plot
 from nnsight_eager.examples.command import count, parser, run
-from nnsight_eager.examples.drawing import axes
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FRIENDLY = [
     "I loved every minute of it, it was wonderful.",
@@ -67,7 +62,7 @@ def sentiment(model: LanguageModel, layer: int, vector: torch.Tensor, scale: flo
     return float((logits[:, good].logsumexp(-1) - logits[:, bad].logsumexp(-1)).mean())
 
 
-def experiment(model: LanguageModel, options: Namespace) -> "Figure":
+def experiment(model: LanguageModel, options: Namespace) -> plot.Plot:
     """The measure over the scale, and what the model writes."""
     layer, layers = options.layer, len(model.model.layers)
     if layer not in range(layers):
@@ -79,21 +74,21 @@ def experiment(model: LanguageModel, options: Namespace) -> "Figure":
             ids = model.generate(PROMPTS[0], max_new_tokens=options.tokens, do_sample=False).result
         print(f"{scale:+d}  {value:6.2f} nats  {model.tokenizer.decode(ids[0], skip_special_tokens=True)!r}")
 
-    figure, plot = axes(
+    figure, axes = plot.empty(
         f"The output of layer {layer}, steered by a direction of sentiment",
         "scale of the vector",
         "log-odds of good over bad words (nats)",
         (7, 4),
     )
-    plot.axhline(found[SCALES.index(0)], color="0.8", linewidth=1)
+    axes.axhline(found[SCALES.index(0)], color="0.8", linewidth=1)
     torch.manual_seed(0)
     for number in range(options.random):
         random = torch.randn_like(vector)
         random *= vector.norm() / random.norm()
         control = [sentiment(model, layer, random, scale) for scale in SCALES]
-        plot.plot(SCALES, control, color="0.6", label="" if number else "random vectors of the same length")
-    plot.plot(SCALES, found, "o-", label="friendly less hostile sentences")
-    plot.legend(frameon=False)
+        axes.plot(SCALES, control, color="0.6", label="" if number else "random vectors of the same length")
+    axes.plot(SCALES, found, "o-", label="friendly less hostile sentences")
+    axes.legend(frameon=False)
     return figure
 
 

@@ -10,7 +10,7 @@ Nothing here touches a point or goes on with a run.
 import inspect
 import linecache
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple
 
@@ -18,154 +18,21 @@ import torch
 
 from ..changes import Change
 from ..coroutine import OUR_FOLDER
-from ..nested import described, first_tensor, tensors
+from ..nested import first_tensor, tensors
+from ..outline import Branches, Row
 from ..paths import spelled
-from ..shown import Shown
-from ..visits import OUTPUT, Visit
-from .journal import Changed, Journal, value_at
+from ..shown import Column, Grid, Line, Part, Shown
+from ..summaries import one_line
+from ..visits import Visit
+from .journal import Changed, value_at
 
 AROUND: Final = 3
 """How many lines of source are shown above and below the one where the model is."""
 
 NOTHING: Final = "changed nothing: every value is what it was"
 
-MARKS: Final = {"ran": "✓", "running": "…", "paused": "▶", "": " "}
-
-
-def one_line(value: Any) -> str:
-    """A value in one line: of a tensor its shape, type, device, mean ± deviation, range, what is not finite, gradient."""
-    if not isinstance(value, torch.Tensor):
-        return described(value) if isinstance(value, (tuple, list)) or first_tensor(value) is not None else _short(repr(value))
-    words = [described(value), str(value.device)]
-    if value.numel() and value.device.type != "meta" and not _is_fake(value):
-        words += _statistics(value.detach())
-    if value.requires_grad:
-        words.append("grad" if value.is_leaf else f"grad: {type(value.grad_fn).__name__}")
-    return "  ".join(words)
-
-
-def _statistics(value: torch.Tensor) -> list[str]:
-    """What the values of a tensor are like; of the finite ones, where some are not."""
-    if value.dtype == torch.bool:
-        return [f"{int(value.sum()):,} of {value.numel():,} true"]
-    if value.is_complex():
-        value = value.abs()
-    finite = value[value.isfinite()] if value.is_floating_point() else value
-    words = []
-    if finite.numel():
-        form = "{:.4g}" if finite.is_floating_point() else "{}"
-        low, high = (form.format(each.item()) for each in finite.aminmax())
-        if value.is_floating_point():
-            deviation = float(finite.double().std(correction=0))
-            words.append(f"mean {float(finite.double().mean()):.4g} ± {deviation:.4g}")
-        words.append(f"range {low} … {high}")
-    for what, count in (("NaN", int(value.isnan().sum())), ("infinite", int(value.isinf().sum()))):
-        if count:
-            words.append(f"{count:,} {what}")
-    return words
-
-
-def _is_fake(value: torch.Tensor) -> bool:
-    return type(value).__name__ == "FakeTensor"
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-class Row(NamedTuple):
-    """One line of a tree of modules; several modules that are alike are one line."""
-
-    depth: int
-    name: str
-    kind: str
-    state: str
-    shape: str
-
-
-def rows_of(
-    root: torch.nn.Module,
-    journal: Journal | None = None,
-    visit: Visit | None = None,
-    step: int = 0,
-    other_name: Callable[[str], str] = str,
-    at: str = "",
-) -> list[Row]:
-    """The modules at and below `at` as lines: what has run in this step, what is running, and where the run is paused."""
-    states: dict[int, str] = {}
-    if journal is not None:
-        states = {key: "ran" for (key, kind), place in journal.last.items() if kind is OUTPUT and place.step == step}
-        states |= {id(going.visit.module): "running" for going in journal.going}
-    if visit is not None:
-        states[id(visit.module)] = "paused"
-    shapes = {} if journal is None else journal.shapes
-    return [*_rows(root.get_submodule(at), at, 0, states, shapes, other_name)]
-
-
-def _rows(
-    module: torch.nn.Module,
-    path: str,
-    depth: int,
-    states: dict[int, str],
-    shapes: dict[int, str],
-    other_name: Callable[[str], str],
-) -> Iterator[Row]:
-    name, other = _last(path), _last(other_name(path))
-    both = name if name == other else f"{other} ({name})"
-    yield Row(depth, both, type(module).__name__, states.get(id(module), ""), shapes.get(id(module), ""))
-    children = [(key, child) for key, child in module._modules.items() if child is not None]
-    while children:
-        alike = 1
-        if children[0][0].isdigit():
-            while alike < len(children) and _look(children[alike][1], states) == _look(children[0][1], states):
-                alike += 1
-        (first, child), (last, _) = children[0], children[alike - 1]
-        if alike > 1 and "paused" not in _look(child, states) and "running" not in _look(child, states):
-            shape = shapes.get(id(child), "")
-            state = "ran" if "ran" in _look(child, states) else ""
-            yield Row(depth + 1, f"{first} … {last}", f"{alike} x {type(child).__name__}", state, shape)
-        else:
-            alike = 1
-            yield from _rows(child, f"{path}.{first}" if path else first, depth + 1, states, shapes, other_name)
-        children = children[alike:]
-
-
-def _last(path: str) -> str:
-    """A module's own name."""
-    return path.rpartition(".")[2] or "model"
-
-
-def _look(module: torch.nn.Module, states: dict[int, str]) -> tuple[str, ...]:
-    """What two modules that are shown in one line have in common: what is in them, and what has run."""
-    return tuple(
-        word for each in module.modules() for word in (type(each).__name__, each.extra_repr(), states.get(id(each), ""))
-    )
-
-
-def tree_of(rows: Sequence[Row]) -> Any:
-    """Lines as rich's tree."""
-    from rich.text import Text
-    from rich.tree import Tree
-
-    styles = {"ran": "green", "running": "yellow", "paused": "bold reverse", "": "dim"}
-    above: list[Tree] = []
-    for row in rows:
-        text = Text(f"{MARKS[row.state]} {row.name}", styles[row.state])
-        text.append(f"  {row.kind}", "cyan").append(f"  {row.shape}", "dim")
-        del above[row.depth :]
-        above.append(above[-1].add(text) if above else Tree(text))
-    return above[0]
-
-
-class ModelTree(Shown):
-    """A module and what is in it, as lines; in a run held by hand, what has run and where it is paused."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = rows
-
-    def __rich__(self) -> Any:
-        return tree_of(self._rows)
+HERE: Final = "▶"
+"""What stands before the line where the model is."""
 
 
 class Where(Shown):
@@ -178,18 +45,17 @@ class Where(Shown):
         self._locals = Locals(frame)
         self._rows = rows
 
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.text import Text
-
-        parts: list[Any] = [Text(self._headline, "bold")]
+    def _parts(self) -> Iterator[Part]:
+        yield Line(self._headline, "title")
         if self._value:
-            parts.append(Text(f"  {self._value}"))
+            yield Line(f"  {self._value}")
         if self._source:
-            parts += [Text(), Text(self._source[0], "cyan"), Text("\n".join(self._source[1:]))]
+            file, *lines = self._source
+            yield from (Line(), Line(file, "type"))
+            yield from (Line(line, "paused" if line.startswith(HERE) else "", cut=True) for line in lines)
         if len(self._locals):
-            parts += [Text(), self._locals.__rich__()]
-        return Group(*parts, Text(), tree_of(self._rows))
+            yield from (Line(), *self._locals._parts())
+        yield from (Line(), Branches(self._rows))
 
 
 def shown_value(visit: Visit) -> Any:
@@ -220,10 +86,18 @@ def _source_at(frame: FrameType | None, visit: Visit | None) -> list[str]:
         code = getattr(function, "__code__", None)
         if code is None:
             return []
-        file, line, name = code.co_filename, code.co_firstlineno, code.co_qualname
+        file, line, name = code.co_filename, _line_of_def(code), code.co_qualname
     lines = [(number, linecache.getline(file, number)) for number in range(max(1, line - AROUND), line + AROUND + 1)]
-    shown = [f"{'▶' if number == line else ' '} {number:>5}  {text.rstrip()}" for number, text in lines if text]
+    shown = [f"{HERE if number == line else ' '} {number:>5}  {text.rstrip()}" for number, text in lines if text]
     return [f"{_as_imported(file)}:{line} in {name}", *shown]
+
+
+def _line_of_def(code: CodeType) -> int:
+    """Where a function's `def` stands; its first line is that of its first decorator."""
+    first = code.co_firstlineno
+    inside = min((line for *_, line in code.co_lines() if line is not None and line > first), default=first)
+    lines = ((number, linecache.getline(code.co_filename, number)) for number in range(first, inside))
+    return next((number for number, line in lines if line.lstrip().startswith(("def ", "async def "))), first)
 
 
 def _as_imported(file: str) -> str:
@@ -247,14 +121,13 @@ class Locals(Shown, Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
-        table = Table("name", "value", box=None, pad_edge=False)
-        for name, value in self._values.items():
-            if name != "self" and not isinstance(value, torch.nn.Module):
-                table.add_row(name, one_line(value))
-        return table
+    def _parts(self) -> Iterator[Part]:
+        values = {name: value for name, value in self._values.items() if not isinstance(value, torch.nn.Module)}
+        rows = [(name, one_line(value)) for name, value in values.items()]
+        if not rows:
+            yield Line("no frame of the model is paused", "dim")
+            return
+        yield Grid([Column("local name", look="type"), Column("value", least=40, broken=True)], rows)
 
 
 class Receipt(NamedTuple):
@@ -266,6 +139,16 @@ class Receipt(NamedTuple):
     before: str
     after: str
     warning: str
+
+    @property
+    def shown_size(self) -> str:
+        """The size in a few digits; nothing where there is nothing to compare."""
+        return "" if self.size == float("inf") else f"{self.size:.3g}"
+
+    @property
+    def form(self) -> str:
+        """Shape and type, before and after where they differ."""
+        return self.before if self.before == self.after else f"{self.before} → {self.after}"
 
 
 class Edits(Shown, Sequence[Receipt]):
@@ -280,18 +163,15 @@ class Edits(Shown, Sequence[Receipt]):
     def __len__(self) -> int:
         return len(self._receipts)
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
+    def _parts(self) -> Iterator[Part]:
         if not self._receipts:
-            return "nothing has been changed"
-        warned = any(each.warning for each in self._receipts)
-        table = Table("point", "step", "change", "value", *(["warning"] if warned else []))
+            yield Line("nothing has been changed", "dim")
+            return
+        columns = Column("point"), Column("step", right=True), Column("change", right=True), Column("value", least=19)
+        yield Grid(columns, [(each.point, str(each.step), each.shown_size, each.form) for each in self._receipts])
         for each in self._receipts:
-            form = each.before if each.before == each.after else f"{each.before} → {each.after}"
-            size = "" if each.size == float("inf") else f"{each.size:.3g}"
-            table.add_row(each.point, str(each.step), size, form, *([each.warning] if warned else []))
-        return table
+            if each.warning:
+                yield Line(f"! {each.point}, step {each.step}: {each.warning}", "warning")
 
 
 def receipt(changed: Changed, path: str, unread: bool) -> Receipt:

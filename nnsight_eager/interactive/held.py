@@ -9,41 +9,42 @@ other = run.fork()                                       # a second run at the s
 run.finish()
 """
 
-import warnings
+import threading
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
+from ..cache import Cache
 from ..compat import add_save_to_builtins
 from ..current import held, hold
-from ..errors import NotReachedError, PathError, RunEndedError, RunError
+from ..errors import NotReachedError, RunEndedError, RunError, WrongThreadError
 from ..nested import tensors
+from ..outline import Row, Seen
 from ..paths import spelled
-from ..run import Call, Run
-from ..shown import Shown
+from ..run import Run
+from ..shown import Line, Part, Shown
+from ..summaries import one_line
 from ..trace import Trace
+from ..tracebacks import at_the_users_line
 from ..tree import Envoy
-from ..visits import FIRST, INPUT, NEXT, OUTPUT, Forward, Kind, Place, Visit, Which
+from ..visits import FIRST, INPUT, NEXT, OUTPUT, Kind, Place, Visit, Which
 from .display import (
     Edits,
     Locals,
-    ModelTree,
-    Row,
     Where,
     idle,
     model_frame,
-    one_line,
     reached,
     receipt,
-    rows_of,
     shown_value,
     stale,
 )
-from .into import stopping_in_code
-from .journal import Random, value_at
+from .into import walk_into_code
+from .journal import HeldForward, random_numbers_as_they_are, value_at
+from .left_behind import close_and_say, say
+from .pointing import pointed_at
 from .predicates import Predicate
 from .recording import Recording
 
@@ -51,7 +52,7 @@ from .recording import Recording
 class HeldRun(Shown, Trace):
     """A run held by hand; begun by `model.trace(...).start()`."""
 
-    __slots__ = ("__weakref__", "_found", "_recording")
+    __slots__ = ("__weakref__", "_cached", "_found", "_recording", "_thread")
 
     _run: Run
 
@@ -59,6 +60,8 @@ class HeldRun(Shown, Trace):
         super().__init__(trace._tree, trace._name, trace._call, None)
         self._recording = recording
         self._run = run
+        self._thread = threading.get_ident()
+        self._cached = False
         self._found = ""
 
     @classmethod
@@ -81,9 +84,16 @@ class HeldRun(Shown, Trace):
         before = hold(run)
         tree.held = weakref.ref(self)
         if before is not None:
-            before.close()
-            warnings.warn("The run of this model that was held by hand has been closed: another was started.", stacklevel=3)
+            close_and_say(before, "another was started.")
         return self
+
+    @at_the_users_line
+    def start(self, keep: bool = True) -> NoReturn:
+        """Raise: it has been started."""
+        raise RunError(
+            "This run is held by hand already.",
+            "`run.restart()` begins it again, `run.fork()` gives a second one at this place.",
+        )
 
     def __enter__(self) -> "HeldRun":
         return self
@@ -93,8 +103,20 @@ class HeldRun(Shown, Trace):
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        run = getattr(self, "_run", None)
+        if run is not None:
+            close_and_say(run, "nothing refers to it any more. Keep it in a variable to go on with it.")
+
+    def cache(self, *arguments: Any, **options: Any) -> Cache:
+        """`Trace.cache`, of what this forward pass comes by from here on: `back_to` and `restart` begin another."""
+        cache = super().cache(*arguments, **options)
+        self._cached = True
+        return cache
+
     # Going on
 
+    @at_the_users_line
     def step(self, n: int = 1, into_code: bool = False) -> "HeldRun":
         """On to the next point in execution order, `n` times: into the module's children, or on behind it.
 
@@ -102,17 +124,17 @@ class HeldRun(Shown, Trace):
         """
         for _ in range(n):
             run = self._going_on()
-            with stopping_in_code(run.at) if into_code and run.at is not None else nullcontext():
-                at = run.walk()
-            if at is None:
+            if (walk_into_code(run, run.at) if into_code and run.at is not None else run.walk()) is None:
                 break
         return self._arrived()
 
+    @at_the_users_line
     def over(self) -> "HeldRun":
         """On past the module that is about to run, to its output; at an output, on to the next point."""
         at = self._going_on().at
         return self._to_output_of(at) if at is not None and at.kind is INPUT else self.step()
 
+    @at_the_users_line
     def out(self) -> "HeldRun":
         """On to the output of the module around this one; from the model itself, to its end."""
         at = self._going_on().at
@@ -124,15 +146,17 @@ class HeldRun(Shown, Trace):
         self.finish()
         return self
 
+    @at_the_users_line
     def to(self, point: Any, kind: Kind = OUTPUT) -> "HeldRun":
         """On to a point: `run.to(model.transformer.h[5].mlp)`, `run.to("transformer.h.5.mlp", "input")`.
 
         Raises `OutOfOrderError` where the run has passed it, and stays where it is: `run.back_to` goes back.
         """
-        run, envoy = self._going_on(), self._envoy(point, kind)
+        run, (envoy, kind) = self._going_on(), pointed_at(self._tree, point, kind)
         run.ask(envoy._module, kind, envoy._path, self._which(envoy, kind))
         return self._arrived()
 
+    @at_the_users_line
     def until(self, predicate: Predicate) -> "HeldRun":
         """On to the first visit that has a tensor which satisfies the predicate: `run.until(has_nan)`.
 
@@ -151,23 +175,27 @@ class HeldRun(Shown, Trace):
         self._found = found
         return self
 
+    @at_the_users_line
     def finish(self) -> Any:
         """Run to the end; what the model call returns."""
         self._found = ""
-        run = self._run
+        run = self._here()
         result = run.result
         run.close()
         return result
 
     def close(self) -> None:
         """Abandon the run; afterwards the model is as it was."""
+        self._settle()
         self._run.close()
 
+    @at_the_users_line
     def stop(self) -> NoReturn:
         """Raise: there is no block to leave."""
         raise RunError("A run held by hand is in no block that could be left.", "`run.close()` abandons it.")
 
     @property
+    @at_the_users_line
     def result(self) -> Any:
         """What the model call returns; the rest of it runs first."""
         return self.finish()
@@ -181,16 +209,19 @@ class HeldRun(Shown, Trace):
 
     def where(self) -> Where:
         """Where the run is paused: the module, the model's own source line, its local tensors, the tree with what has run."""
-        return Where(self._headline(), self._run.at, model_frame(self._run.at), self._rows())
+        return Where(self._headline(), self._run.at, model_frame(self._run.at), self._rows(brief=True))
 
-    def _rows(self, at: str = "") -> list[Row]:
-        """The modules at and below a path, with what has run."""
-        run, shown = self._run, self._tree.memory.aliases.shown
-        return rows_of(self._tree.root, self._recording.journal, run.at, run.step, shown, at)
+    def _rows(self, at: str = "", brief: bool = False) -> list[Row]:
+        """The modules at and below a path, with what has run in this step."""
+        states, shapes = self._recording.journal.seen(self._run.at)
+        return Seen(self._tree.root, states, shapes, self._tree.memory.aliases.shown).rows(at, brief)
 
-    def tree(self, envoy: Envoy) -> ModelTree:
-        """An envoy and what is in it, with what has run: what a notebook shows of it while the run is held."""
-        return ModelTree(self._rows(envoy._own_path))
+    @property
+    def model(self) -> Envoy:
+        """The model's tree bound to this run, also where another is held: `other.model.transformer.h[5].output`."""
+        view = super().model
+        view._tree.held = weakref.ref(self)
+        return view
 
     def locals(self) -> Locals:
         """The local names of the model's own frame where it is paused, to be read: `run.locals()["hidden_states"]`."""
@@ -204,7 +235,7 @@ class HeldRun(Shown, Trace):
         the run has ended and gradients were recorded, one that nothing returned depends on.
         """
         journal, run = self._recording.journal, self._run
-        journal.settle()
+        self._settle()
         whole = reached(run.result) if run.finished and not run.cut_short else set()
         receipts = [
             receipt(each, run.path_of(each.place.module), bool(whole) and each.node is not None and each.node not in whole)
@@ -225,13 +256,14 @@ class HeldRun(Shown, Trace):
 
     # Time travel
 
+    @at_the_users_line
     def back_to(self, point: Any, kind: Kind = OUTPUT) -> "HeldRun":
         """Back to a point that the run has come by: `run.back_to(model.transformer.h[2])`.
 
         It is another forward pass on the same input, with the same random numbers and the changes that were made before that
         point; the old one is closed. What had completed is not computed again, where nobody can tell.
         """
-        envoy = self._envoy(point, kind)
+        envoy, kind = pointed_at(self._tree, point, kind)
         place = self._recording.journal.last_at(envoy._module, kind)
         if place is None:
             point = spelled(envoy._path, kind)
@@ -240,6 +272,7 @@ class HeldRun(Shown, Trace):
             )
         return self._replay(place)
 
+    @at_the_users_line
     def restart(self) -> "HeldRun":
         """Back to the start, before the first module, with nothing changed."""
         journal = self._recording.journal
@@ -248,6 +281,7 @@ class HeldRun(Shown, Trace):
             raise RunError("The call has come by no module, so there is no place to go back to.")
         return self._replay(first)
 
+    @at_the_users_line
     def fork(self) -> "HeldRun":
         """A second run paused at the same place, with the same changes; its tree is `other.model`.
 
@@ -262,11 +296,15 @@ class HeldRun(Shown, Trace):
 
     def _replay(self, place: Place) -> "HeldRun":
         """Be paused at `place`, on a new forward pass."""
-        earlier, before = self._recording, self._run
-        earlier.journal.settle()
+        earlier, before = self._recording, self._here()
+        self._settle()
         recording = earlier.again()
         self._run = run = recording.follow(earlier, self._run_of, place)
         self._recording = recording
+        self._thread = threading.get_ident()
+        if self._cached:
+            self._cached = False
+            say("The cache of this run has what the forward pass that is closed now came by: declare it again for this one.")
         if held(self._tree.root) is before or not before.open:
             hold(run)
         before.close()
@@ -277,12 +315,27 @@ class HeldRun(Shown, Trace):
 
     # Inside
 
+    def _settle(self) -> None:
+        """Note what has been changed where the run is paused; where it was closed, its values are gone."""
+        if self._run.open:
+            self._recording.journal.settle()
+
+    def _here(self) -> Run:
+        """The run, unless it is paused on another thread."""
+        if self._run.open and self._thread != threading.get_ident():
+            raise WrongThreadError(
+                "This run is paused on another thread, and a paused forward pass can only go on on its own thread.",
+                "Go on with it there, or begin one of its own on this thread: `model.trace(...).start()`.",
+            )
+        return self._run
+
     def _going_on(self) -> Run:
         """The run, which must not have ended."""
-        run = self._run
-        if not run.open:
-            how = "was closed" if run.cut_short else "has come to its end"
-            raise RunEndedError(f"This run {how}.", "`run.restart()` begins it again, `run.back_to(...)` goes back to a point.")
+        run = self._here()
+        if not run.open or run.failed_with:
+            how = f"has ended: its forward pass raised `{run.failed_with}`" if run.failed_with else "was closed"
+            how = how if run.failed_with or run.cut_short else "has come to its end"
+            raise RunEndedError(f"This run {how}.", HeldForward.again)
         self._found = ""
         return run
 
@@ -311,81 +364,35 @@ class HeldRun(Shown, Trace):
         """Whether the call may run the model several times."""
         return self._call is not None and self._call.function is not self._tree.root
 
-    def _envoy(self, point: Any, kind: Kind) -> Envoy:
-        """The one module that `point` names."""
-        if kind not in (INPUT, OUTPUT):
-            raise RunError(f"A module has no {kind!r} to go to.", 'Write "input" or "output".')
-        if isinstance(point, Envoy):
-            return point
-        chosen = Envoy(self._tree.root, "", self._tree)._chosen(
-            point.replace("[", ".").replace("]", "") if isinstance(point, str) else point
-        )
-        if len(chosen) != 1:
-            raise PathError(f"`{point}` names {len(chosen)} modules.", "Name one: `transformer.h.5.mlp`.")
-        ((path, module),) = chosen.items()
-        return Envoy(module, path, self._tree)
-
     def _headline(self) -> str:
         at, run = self._run.at, self._run
         if at is None:
             state = "closed" if run.cut_short else "finished" if run.finished or not run.open else "between two steps"
+            state = f"failed, its forward pass raised {run.failed_with}" if run.failed_with else state
             return f"{self._name} of {type(self._tree.root).__name__}: {state}"
         point = spelled(run.path_of(at.module), at.kind)
         return f"paused at {point} ({type(at.module).__name__}), step {run.step}"
 
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.text import Text
-
+    def _parts(self) -> Iterator[Part]:
         at = self._run.at
-        value = "" if at is None else one_line(shown_value(at))
-        return Group(Text(self._headline(), "bold"), *(Text(f"  {line}") for line in (value, self._found) if line))
-
-
-class KeptTrace(Trace):
-    """A trace that can be forked: `with model.trace(..., keep=True) as tracer:`."""
-
-    __slots__ = ("_recording",)
-
-    def __init__(self, trace: Trace) -> None:
-        """The same call as `trace`, its completed modules' outputs kept."""
-        if trace._call is None:
-            raise RunError(
-                "`keep=True` is for a trace with one input of its own.", "Leave it away, or give the trace an input."
-            )
-        super().__init__(trace._tree, trace._name, trace._call, None)
-        self._recording: Recording | None = None
-
-    def _run_of(self, call: Call, make: Callable[..., Forward] | None = None) -> Run:
-        self._recording = Recording(self._tree.root, call, keep=True)
-        return self._recording.run(super()._run_of)
-
-    def fork(self) -> HeldRun:
-        """A second run, held by hand, paused at the same place with the same changes: `other.model` is its tree.
-
-        with model.trace("The Eiffel Tower is in", keep=True) as tracer:
-            model.transformer.h[5].output
-            other = tracer.fork()
-            other.model.transformer.h[5].output *= 0
-            ablated = other.finish().logits
-        """
-        at = self._opened().at
-        if self._recording is None or at is None:
-            raise RunError("The run is paused at no point, where it could be forked.", "Read a point first.")
-        return forked(self, self._recording, at)
+        yield Line(self._headline(), "title")
+        if at is not None:
+            yield Line(f"  {one_line(shown_value(at))}")
+        if self._found:
+            yield Line(f"  {self._found}")
 
 
 def forked(trace: Trace, recording: Recording, at: Visit) -> HeldRun:
     """A run at the place where another is paused."""
-    journal, now = recording.journal, Random.now()
+    journal = recording.journal
     journal.settle()
-    again = recording.again()
-    run = again.follow(recording, partial(Trace._run_of, trace), at.place)
-    changed = journal.changes.get(at.place.key)
-    if changed is not None and run.at is not None:
-        again.change(run, run.at, changed)
-    again.journal.random = now
-    now.put()
+    again, come_next = recording.again(), journal.come_next()
+    with random_numbers_as_they_are():
+        run = again.follow(recording, partial(Trace._run_of, trace), at.place)
+        changed = journal.changes.get(at.place.key)
+        if changed is not None and run.at is not None:
+            again.change(run, run.at, changed)
+    again.journal.go_on_with(come_next)
     return HeldRun(trace, again, run)
 
 

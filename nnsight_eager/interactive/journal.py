@@ -9,13 +9,17 @@ Another forward pass is led to the same place by it: see `recording`.
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
-from ..nested import described, first_tensor, is_cache, items, mapped, tensors
+from ..nested import described, first_tensor, mapped, small_tensors, tensors
 from ..visits import INPUT, OUTPUT, Forward, Kind, Place, Visit
 from .frozen import BY_REFERENCE, Frozen, frozen
+
+Key = tuple[int, Kind, int, int]
+"""Tells a place: the identity of its module, before or behind its forward, the step and the visit in it."""
 
 
 class Random(NamedTuple):
@@ -50,10 +54,16 @@ class Kept(NamedTuple):
     objects: Frozen | None  # what it was given to write into, as it left it
     random: Random
 
-    def has(self, place: Place) -> bool:
+    @property
+    def left(self) -> Key:
+        """The place where the call has ended."""
+        return self.inside[id(self.entered.module)].key
+
+    def has(self, key: Key) -> bool:
         """Whether the call has come by a place; of one that it did not, also where that was before."""
-        last = self.inside.get(id(place.module))
-        return last is not None and last.step == place.step and last.times >= place.times
+        module, _, step, times = key
+        last = self.inside.get(module)
+        return last is not None and last.step == step and last.times >= times
 
 
 class Changed(NamedTuple):
@@ -109,11 +119,11 @@ class Paused:
         self._value = value_at(visit)
         self._tensors = [*tensors(self._value)]
         self._versions = _versions(self._tensors)
-        self._copies = [each.detach().clone() for each in _small(self._value)]
+        self._copies = [each.detach().clone() for each in small_tensors(self._value)]
 
     def handed(self) -> dict[int, Handed]:
         """The tensors that are read here, by identity."""
-        return {id(each): Handed(self.place, weakref.ref(each)) for each in _small(value_at(self.visit))}
+        return {id(each): Handed(self.place, weakref.ref(each)) for each in small_tensors(value_at(self.visit))}
 
     def shares_memory_with(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is the same memory as one that is read here."""
@@ -132,7 +142,7 @@ class Paused:
         in_place = frozenset(n for n in both if n not in replaced and versions[n] != self._versions[n])
         if not (rebuilt or replaced or in_place):
             return None
-        size = float("inf") if rebuilt else _size(self._copies, [*_small(value)])
+        size = float("inf") if rebuilt else _size(self._copies, [*small_tensors(value)])
         node = next((each.grad_fn for n, each in enumerate(now) if n in replaced | in_place or rebuilt), None)
         value = mapped(value, torch.clone)
         return Changed(
@@ -147,23 +157,56 @@ class Journal:
         """Nothing has. With `keep` what modules give is kept."""
         self.keep = keep
         self.going: list[Going] = []
-        self.kept: dict[tuple[Any, ...], Kept] = {}
+        self.kept: dict[Key, Kept] = {}
         self.last: dict[tuple[int, Kind], Place] = {}
-        self.changes: dict[tuple[Any, ...], Changed] = {}
-        self.drawn: dict[tuple[Any, ...], Random] = {}  # random numbers that were drawn or seeded from outside, by place
+        self.changes: dict[Key, Changed] = {}
+        self.drawn: dict[Key, Random] = {}  # random numbers that were drawn or seeded from outside, by place
         self.begun_with: Random | None = None
         self.random: Random | None = None  # where the random numbers were at the last pause
         self.first: Place | None = None
         self.paused: Paused | None = None
         self.shapes: dict[int, str] = {}  # of what each module has given, as it is shown
-        self.stale: dict[tuple[Any, ...], Stale] = {}
+        self.stale: dict[Key, Stale] = {}
         self._handed: dict[int, Handed] = {}
         self._out: list[tuple[Handed, torch.Tensor, list[int]]] = []
+
+    def come_next(self) -> Random:
+        """The random numbers to go on with: those it was paused with, whatever other held runs have drawn meanwhile.
+
+        Where the user has drawn or seeded, what that has left; it belongs to this run from now on.
+        """
+        now = Random.now()
+        come_next = self.random if self.random is not None and now.same(HeldForward.left_random) else now
+        self.go_on_with(come_next)
+        return come_next
+
+    def go_on_with(self, random: Random) -> None:
+        """Have these random numbers come next."""
+        if self.random is None:
+            self.begun_with = random
+        elif self.paused is not None and not random.same(self.random):
+            self.drawn[self.paused.place.key] = random
+        self.random = random
+
+    def changes_in(self, kept: Kept) -> "dict[Key, Changed]":
+        """What was changed in a call, its arguments and its value included."""
+        return {key: each for key, each in self.changes.items() if kept.has(key)}
 
     def last_at(self, module: torch.nn.Module, kind: Kind) -> Place | None:
         """The last time the model has come by the module, or is there now."""
         here = None if self.paused is None else self.paused.place
         return here if here is not None and here.module is module and here.kind is kind else self.last.get((id(module), kind))
+
+    def seen(self, at: Visit | None) -> tuple[dict[int, str], dict[int, str]]:
+        """What has run in this step, what is running and where it is paused, and the last shape of each module, by identity."""
+        step = at.step if at is not None else max((place.step for place in self.last.values()), default=0)
+        states = {key: "ran" for (key, kind), place in self.last.items() if kind is OUTPUT and place.step == step}
+        states |= {id(going.visit.module): "running" for going in self.going}
+        if at is None:
+            return states, self.shapes
+        now = first_tensor(at.value) if at.kind is OUTPUT else None
+        shape = {} if now is None else {id(at.module): described(now)}
+        return states | {id(at.module): "paused"}, self.shapes | shape
 
     def settle(self) -> None:
         """Note what has been changed where the run is paused."""
@@ -223,7 +266,7 @@ class Journal:
         else:
             self.kept = {each.entered.key: each for each in kept}
 
-    def all_kept(self) -> dict[tuple[Any, ...], Kept]:
+    def all_kept(self) -> dict[Key, Kept]:
         """What is kept, by the place where the call began."""
         return self.kept | {each.entered.key: each for going in self.going for each in going.kept}
 
@@ -231,14 +274,16 @@ class Journal:
 class HeldForward(Forward):
     """A model call that has its journal written."""
 
-    __slots__ = ("journal",)
+    __slots__ = ("journal", "left")
 
     by_hand = True
-    _left: Random | None = None  # where the random numbers were when a held run of any model last paused or ended
+    again = "`run.restart()` begins it again, `run.back_to(...)` goes back to a point."
+    left_random: Random | None = None  # where the random numbers were when a held run of any model last paused or ended
 
     def __init__(self, journal: Journal, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(function, *args, **kwargs)
         self.journal = journal
+        self.left: Place | None = None
 
     def resume(self) -> Any:
         """Go on until the next pause; before, note what was changed during this one."""
@@ -246,32 +291,33 @@ class HeldForward(Forward):
             return super().resume()
         journal = self.journal
         journal.settle()
-        self._go_on_with_random_numbers()
+        journal.come_next().put()
         journal.go_on()
         paused, journal.paused = journal.paused, None
+        self.left = None if paused is None else paused.place
         try:
             visit = super().resume()
         except BaseException:
             journal.paused = None if self.finished else paused  # a refusal: it is where it was
             raise
         finally:
-            journal.random = HeldForward._left = Random.now()
+            journal.random = HeldForward.left_random = Random.now()
         if visit is not None:
             journal.pause_at(visit)
             if journal.watch not in visit.watchers:  # a part of a module, asked for meanwhile
                 visit.watchers = (*visit.watchers, journal.watch)
         return visit
 
-    def _go_on_with_random_numbers(self) -> None:
-        """Those it was paused with, whatever other held runs drew meanwhile; where the user drew or seeded, what that left."""
-        journal, now = self.journal, Random.now()
-        if journal.random is None:
-            journal.begun_with = now
-        elif not now.same(journal.random):
-            if now.same(HeldForward._left):
-                journal.random.put()
-            elif journal.paused is not None:
-                journal.drawn[journal.paused.place.key] = now
+
+@contextmanager
+def random_numbers_as_they_are() -> Iterator[None]:
+    """Have the random numbers be afterwards what they are now, whatever held runs draw in this block."""
+    now, left = Random.now(), HeldForward.left_random
+    try:
+        yield
+    finally:
+        now.put()
+        HeldForward.left_random = left
 
 
 def _cuda_in_use() -> bool:
@@ -286,15 +332,6 @@ def value_at(visit: Visit) -> Any:
 def _versions(values: list[torch.Tensor]) -> list[int]:
     """How often each has been changed in place; without a record, as under inference mode, always the same."""
     return [0 if each.is_inference() else each._version for each in values]
-
-
-def _small(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a value but for those of a key/value cache, which are many and not looked at."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif not is_cache(value):
-        for _, item in items(value):
-            yield from _small(item)
 
 
 def _size(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:

@@ -9,18 +9,25 @@
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from IPython.core.completer import CompletionContext, SimpleCompletion, context_matcher
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 
 from ..errors import NnsightEagerError
+from ..tracebacks import at_the_users_line
+from ..visits import INPUT, OUTPUT
 from . import predicates
 from .display import Edits, Where
 from .held import HeldRun
+
+TYPED: Final = re.compile(r"\s*%(to|back|until)\s+(\S+\s+)?(\S*)")
+"""A line with a magic that takes a point or a predicate: the magic, a point, and what is typed of the next word."""
 
 TRACE: Final = "_nnsight_eager_trace"
 """The name that a cell's trace has while the cell runs."""
@@ -31,6 +38,7 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
     """`%trace`, `%step`, `%over`, `%out`, `%to`, `%until`, `%where`, `%back`, `%edits`, `%finish`."""
 
     @line_cell_magic  # type: ignore[untyped-decorator]
+    @at_the_users_line
     def trace(self, line: str, cell: str | None = None) -> HeldRun | None:
         """`%trace model "a prompt"`: hold a run by hand, as `run`; `%%trace model "a prompt"`: run the cell in a trace.
 
@@ -62,6 +70,7 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
             del self.shell.user_ns[TRACE]
 
     @line_magic  # type: ignore[untyped-decorator]
+    @at_the_users_line
     def step(self, line: str) -> HeldRun:
         """`%step` or `%step 3`: on to the next point, into the module's children."""
         if line and not line.isdecimal():
@@ -70,24 +79,28 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
             return self._run.step(int(line or 1))
 
     @line_magic  # type: ignore[untyped-decorator]
+    @at_the_users_line
     def over(self, line: str) -> HeldRun:
         """`%over`: on past the module that is about to run."""
         with _told():
             return self._run.over()
 
     @line_magic  # type: ignore[untyped-decorator]
+    @at_the_users_line
     def out(self, line: str) -> HeldRun:
         """`%out`: on to the output of the module around this one."""
         with _told():
             return self._run.out()
 
     @line_magic  # type: ignore[untyped-decorator]
+    @at_the_users_line
     def to(self, line: str) -> HeldRun:
         """`%to transformer.h.5.mlp` or `%to transformer.h.5.mlp input`: on to a point."""
         with _told():
             return self._run.to(*_point(line, "to"))
 
     @line_magic  # type: ignore[untyped-decorator]
+    @at_the_users_line
     def until(self, line: str) -> HeldRun:
         """`%until has_nan`: on to the first value that satisfies an expression such as `norm_above(100)`."""
         if not line:
@@ -97,22 +110,26 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
             return self._run.until(predicate)
 
     @line_magic  # type: ignore[untyped-decorator]
+    @at_the_users_line
     def where(self, line: str) -> Where:
         """`%where`: where the run is paused, in the tree and in the model's own source."""
         return self._run.where()
 
     @line_magic  # type: ignore[untyped-decorator]
+    @at_the_users_line
     def back(self, line: str) -> HeldRun:
         """`%back transformer.h.2`: back to a point; `%back` alone to the start."""
         with _told():
             return self._run.back_to(*_point(line, "back")) if line else self._run.restart()
 
     @line_magic  # type: ignore[untyped-decorator]
+    @at_the_users_line
     def edits(self, line: str) -> Edits:
         """`%edits`: what was changed."""
         return self._run.edits
 
     @line_magic  # type: ignore[untyped-decorator]
+    @at_the_users_line
     def finish(self, line: str) -> HeldRun:
         """`%finish`: to the end; `run.result` is what the model returns."""
         with _told():
@@ -127,12 +144,24 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
             raise UsageError('No run is held as `run`: begin one with `%trace model "a prompt"`.')
         return run
 
-    def completions(self, shell: InteractiveShell, event: Any) -> list[str]:
-        """The paths of modules that go on from what is typed behind `%to` and `%back`."""
+    @context_matcher()  # type: ignore[untyped-decorator]
+    def completions(self, context: CompletionContext) -> dict[str, Any]:
+        """What the Tab key offers behind `%to`, `%back` and `%until`, and nothing else there: `%to 0.` is no number."""
+        typed = TYPED.fullmatch(context.text_until_cursor)
+        found = self._go_on_with(*typed.groups()) if typed else []
+        begun = max(0, len(typed[3]) - len(context.token)) if typed else 0  # what of the word is not in IPython's token
+        return {"completions": [SimpleCompletion(each[begun:]) for each in found], "suppress": bool(found)}
+
+    def _go_on_with(self, magic: str, path: str | None, begun: str) -> list[str]:
+        """The words that go on from what is typed of one."""
         run = self.shell.user_ns.get("run")
-        if not isinstance(run, HeldRun):
-            return []
-        return [path for path in run.paths() if path.startswith(event.symbol)]
+        if magic == "until":
+            words = [name for name, each in vars(predicates).items() if getattr(each, "__module__", "") == predicates.__name__]
+        elif path:
+            words = [INPUT, OUTPUT]
+        else:
+            words = run.paths() if isinstance(run, HeldRun) else []
+        return [word for word in words if word.startswith(begun) and not word.startswith("_")]
 
 
 @contextmanager
@@ -156,5 +185,4 @@ def load(shell: InteractiveShell) -> None:
     """Add the magics to a shell."""
     magics = HeldRunMagics(shell)
     shell.register_magics(magics)
-    for name in ("%to", "%back"):
-        shell.set_hook("complete_command", magics.completions, str_key=name)
+    shell.Completer.custom_matchers.append(magics.completions)

@@ -23,7 +23,7 @@ from ..paths import spelled
 from ..run import Call, Run
 from ..visits import INPUT, OUTPUT, Forward, Place, Visit
 from .frozen import put_into
-from .journal import Changed, HeldForward, Journal, Kept, objects_of, value_at
+from .journal import Changed, HeldForward, Journal, Kept, Key, objects_of, value_at
 
 Start = Callable[[Call, Callable[..., Forward]], Run]
 """Makes a run of a call, whose coroutine is made by the second argument."""
@@ -98,7 +98,7 @@ class Recording:
             places = (place, *(each.place for each in then.changes.values()))
             for part in {each.module for each in places if isinstance(each.module, Part)}:
                 run.watch(part, self.journal.watch)
-            kept = {key: each for key, each in then.all_kept().items() if self._can_be_passed_over(each, place, changed)}
+            kept = {key: each for key, each in then.all_kept().items() if _can_be_passed_over(each, place, changed, then)}
             while (visit := run.walk()) is not None:
                 if visit.place.key == place.key:
                     return run
@@ -112,7 +112,7 @@ class Recording:
             "It does not run as before: something it depends on, beside its input and torch's random numbers, has changed.",
         )
 
-    def _pass(self, run: Run, visit: Visit, then: Journal, kept: dict[tuple[Any, ...], Kept]) -> None:
+    def _pass(self, run: Run, visit: Visit, then: Journal, kept: dict[Key, Kept]) -> None:
         """Do at a place what was done there."""
         key = visit.place.key
         if key in kept and visit.kind is INPUT and self._passed_over(run, visit, kept[key], then):
@@ -131,6 +131,8 @@ class Recording:
         at = run.walk()
         assert at is visit
         journal.going[-1].inside.update(kept.inside)
+        journal.changes |= earlier.changes_in(kept)
+        journal.drawn |= {key: each for key, each in earlier.drawn.items() if kept.has(key)}
         for number, there in kept.inside.items():
             if number in earlier.shapes:
                 journal.shapes[number] = earlier.shapes[number]
@@ -139,15 +141,6 @@ class Recording:
             put_into(target, source)
         kept.random.put()
         return True
-
-    @staticmethod
-    def _can_be_passed_over(kept: Kept, place: Place, changed: set[int]) -> bool:
-        """Whether nobody can tell that a module is not called again on the way to `place`.
-
-        Its value was not changed in place afterwards, and neither it nor what is in it has changed.
-        """
-        intact = kept.value.intact() and (kept.objects is None or kept.objects.intact())
-        return intact and not kept.has(place) and changed.isdisjoint(map(id, kept.entered.module.modules()))
 
     def change(self, run: Run, visit: Visit, changed: Changed) -> None:
         """Change a value as it was changed before."""
@@ -172,6 +165,17 @@ class Recording:
             visit.args, visit.kwargs = value
         else:
             visit.value = value
+
+
+def _can_be_passed_over(kept: Kept, place: Place, changed: set[int], then: Journal) -> bool:
+    """Whether nobody can tell that a module is not called again on the way to `place`.
+
+    Its value was not changed in place afterwards, neither it nor what is in it has changed, and nothing was changed in place
+    in it, which may have been changed outside of it too.
+    """
+    intact = kept.value.intact() and (kept.objects is None or kept.objects.intact())
+    outwards = any(each.in_place and key != kept.left for key, each in then.changes_in(kept).items())
+    return intact and not outwards and not kept.has(place.key) and changed.isdisjoint(map(id, kept.entered.module.modules()))
 
 
 def _state(module: torch.nn.Module) -> tuple[torch.nn.Module, list[Any]]:

@@ -9,14 +9,17 @@ run.where(), run.finish(), other.finish()
 
 import warnings
 import weakref
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, NoReturn
 
 from ..compat import add_save_to_builtins
 from ..current import hold
 from ..errors import RemoteError, RunError
+from ..outline import Row, Seen
 from ..paths import spelled
-from ..shown import Shown
+from ..shown import Line, Part, Shown
+from ..tracebacks import at_the_users_line
 from ..tree import Envoy
 from ..visits import OUTPUT, Kind
 from .pictures import FarLocals
@@ -59,38 +62,47 @@ class RemoteHeld(Shown, RemoteTrace):
     ) -> None:
         self.close()
 
+    @at_the_users_line
     def step(self, n: int = 1) -> "RemoteHeld":
         """On to the next point in execution order, `n` times."""
         return self._led("step", n)
 
+    @at_the_users_line
     def over(self) -> "RemoteHeld":
         """On past the module that is about to run, to its output."""
         return self._led("over")
 
+    @at_the_users_line
     def out(self) -> "RemoteHeld":
         """On to the output of the module around this one."""
         return self._led("out")
 
+    @at_the_users_line
     def to(self, point: Any, kind: Kind = OUTPUT) -> "RemoteHeld":
         """On to a point."""
         return self._led("to", _path(point), kind)
 
+    @at_the_users_line
     def until(self, predicate: Any) -> "RemoteHeld":
         """On to the first visit that has a tensor which satisfies the predicate; it is called on the server."""
         return self._led("until", predicate)
 
+    @at_the_users_line
     def back_to(self, point: Any, kind: Kind = OUTPUT) -> "RemoteHeld":
         """Back to a point that the run has come by."""
         return self._again("back_to", _path(point), kind)
 
+    @at_the_users_line
     def restart(self) -> "RemoteHeld":
         """Back to the start, with nothing changed."""
         return self._again("restart")
 
+    @at_the_users_line
     def fork(self, *_: Any) -> "RemoteHeld":
         """A second run paused at the same place, with the same changes; its tree is `other.model`."""
         return RemoteHeld(self, self._run.fork())
 
+    @at_the_users_line
     def finish(self) -> Any:
         """Run to the end; what the model call returns."""
         self._run.finish()
@@ -101,6 +113,7 @@ class RemoteHeld(Shown, RemoteTrace):
         """Abandon the run."""
         self._run.close()
 
+    @at_the_users_line
     def stop(self) -> NoReturn:
         """Raise: there is no block to leave."""
         raise RunError("A run held by hand is in no block that could be left.", "`run.close()` abandons it.")
@@ -136,9 +149,11 @@ class RemoteHeld(Shown, RemoteTrace):
         shown = self._tree.memory.aliases.shown
         return [shown(path) for path, _ in self._tree.root.named_modules() if path]
 
-    def tree(self, envoy: Envoy) -> Any:
-        """An envoy and what is in it, with what has run."""
-        return self._run.look("tree_below", envoy._own_path)
+    def _rows(self, at: str = "", brief: bool = False) -> list[Row]:
+        """The modules at and below a path, with what has run in this step; asked of the server while the run is open there."""
+        if not self._run.open:
+            return Seen(self._tree.root, {}, other_name=self._tree.memory.aliases.shown).rows(at, brief)
+        return self._run.look("rows", at)  # type: ignore[no-any-return]
 
     def _led(self, name: str, *args: Any) -> "RemoteHeld":
         self._run.lead(name, *args)
@@ -151,14 +166,13 @@ class RemoteHeld(Shown, RemoteTrace):
         hold(self._run)
         return self
 
-    def __rich__(self) -> Any:
-        from rich.text import Text
-
+    def _parts(self) -> Iterator[Part]:
         run = self._run
         if run.at is None:
-            return Text(f"{self._name} of {type(self._tree.root).__name__}: {'finished' if run.finished else 'closed'}", "bold")
+            yield Line(f"{self._name} of {type(self._tree.root).__name__}: {'finished' if run.finished else 'closed'}", "title")
+            return
         point = spelled(run.path_of(run.at.module), run.at.kind)
-        return Text(f"paused at {point} ({type(run.at.module).__name__}), step {run.step}", "bold")
+        yield Line(f"paused at {point} ({type(run.at.module).__name__}), step {run.step}", "title")
 
 
 def _path(point: Any) -> str:

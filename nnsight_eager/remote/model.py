@@ -183,8 +183,8 @@ class RemoteModel(LanguageModel):
     def _name_of(self, each: Any) -> Any:
         return self._paths.name(each) or name_of(each)
 
-    def _edits(self) -> list[tuple[str, Any]]:
-        return [(edit.label, edit._program) for edit in self._tree.edits]
+    def _edits(self) -> list[tuple[Any, ...]]:
+        return [(edit.label, edit._program, edit.settings) for edit in self._tree.edits]
 
     def _new_trace(self, name: str, call: Call | None, division: Division | None) -> Trace:
         return RemoteTrace(self._tree, name, call, division, self._begin, partial(_bound, self._tree.line))

@@ -6,8 +6,8 @@ print(run.where())
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ..interactive.display import Edits, Locals, ModelTree
-from ..shown import Shown
+from ..interactive.display import Edits, Locals
+from ..shown import Line, Part, Shown
 
 
 class Picture(Shown):
@@ -17,8 +17,8 @@ class Picture(Shown):
         self._text = text
         self._html = html
 
-    def __rich__(self) -> Any:
-        return self._text
+    def _parts(self) -> Iterator[Part]:
+        return (Line(line, cut=True) for line in self._text.splitlines())
 
     def __repr__(self) -> str:
         return self._text
@@ -51,6 +51,6 @@ def pictured(value: Any) -> Any:
         picture = FarLocals(repr(value), value._repr_html_())
         picture.names = list(value)
         return picture
-    if isinstance(value, Shown) and not isinstance(value, (Edits, ModelTree)):
+    if isinstance(value, Shown) and not isinstance(value, Edits):
         return Picture(repr(value), value._repr_html_())
     return value

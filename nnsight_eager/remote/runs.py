@@ -43,7 +43,7 @@ class RemoteRun:
         root: torch.nn.Module,
         paths: Paths,
         call: Call,
-        edits: list[tuple[str, Any]],
+        edits: list[tuple[Any, ...]],
         name_of: Callable[[Any], Hashable],
         by_hand: bool | None = None,
         retries: int = 0,

@@ -36,6 +36,9 @@ from .wire import Answer, At, Begin, Message, Writes
 
 TORCHS_FOLDER: Final = os.path.dirname(torch.__file__)
 
+StoredEdit = tuple[str, Any, tuple[Any, ...]]
+"""An edit as it is sent: its label, its program, its settings."""
+
 Refs = Callable[[Any], Any]
 """Gives what a client has a handle of, by its name."""
 
@@ -216,9 +219,10 @@ class ServedRun:
         """Something that is looked at, as it is shown."""
         return pictured(getattr(self._held, name)(*args) if name != "edits" else self._held.edits)  # type: ignore[union-attr]
 
-    def _tree_below(self, path: str) -> Any:
+    def _rows(self, path: str) -> Any:
+        """The modules at and below a path, with what has run."""
         assert self._held is not None
-        return pictured(self._held.tree(self._held._envoy(path, OUTPUT)))
+        return self._held._rows(path)
 
     def _local(self, name: str) -> Packed:
         """The value of a local name of the model's own frame."""
@@ -280,10 +284,10 @@ class ServedRun:
         return module
 
 
-def store(model: NNsight, edits: list[tuple[str, Any]]) -> None:
+def store(model: NNsight, edits: list[StoredEdit]) -> None:
     """Have every run of `model` begin with these edits."""
-    for label, program in edits:
-        Edit(model._tree.edits).store(label, program)
+    for label, program, settings in edits:
+        Edit(model._tree.edits).store(label, program, settings)
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

@@ -144,7 +144,7 @@ def _workers(extraction: Extraction, source: Source | None) -> Callable[[], Any]
     def place(each: Any) -> Any:
         return paths.path(each) if isinstance(each, torch.nn.Module) and id(each) in known else None
 
-    sent = packed((extraction, [(edit.label, edit._program) for edit in edits]), places=place)
+    sent = packed((extraction, [(edit.label, edit._program, edit.settings) for edit in edits]), places=place)
     module = packed(root) if source is None else None
     gpus = 1.0 if any(each.device.type == "cuda" for each in root.parameters()) else 0.0
     return cluster.workers(Worker, (source, module, sent, torch.get_num_threads()), gpus)
