@@ -53,12 +53,13 @@ def alive(process):
 
 
 @pytest.fixture(scope="module")
-def address(folder):
+def address(folder, tmp_path_factory):
     """The address of a cluster that serves `gpt2`, by the command of the README."""
     command = [sys.executable, "-m", "nnsight_eager", "serve", str(folder("gpt2")), "--name", "gpt2", "--cluster-cpus", "4"]
     limits = ["--store-mb", "100", "--silence-limit", str(SILENCE)]
+    where = tmp_path_factory.mktemp("server")
     environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen([*command, *limits], stdout=subprocess.PIPE, text=True, env=environment)
+    server = subprocess.Popen([*command, *limits], stdout=subprocess.PIPE, text=True, env=environment, cwd=where)
     try:
         line = server.stdout.readline()
         found = re.search(r'`gpt2` is served: nnsight_eager.connect\("gpt2", address="(127\.0\.0\.1:\d+)"\)', line)
