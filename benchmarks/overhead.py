@@ -1,133 +1,190 @@
-"""What does looking cost? Added time of a trace over the bare model, beside plain forward hooks and nnsight.
+"""What does looking cost? A trace over the bare model, beside plain forward hooks and the other tools, and how it grows.
 
-python benchmarks/overhead.py [--rounds N]
-
-Every round runs each way in random order, so that a slow moment of the machine hits all of them, and twice, of which the
-second is timed; the table gives medians. `of bare` is the ratio of totals, `of hooks` the ratio of added times. nnsight takes
-part where it is installed (`pip install nnsight==0.8.1`), in a process of its own with the same baselines: where it was
-imported and traced, a bare forward took 12 % longer and our reads 30 %.
+python benchmarks/overhead.py [--quick]
 """
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-import tokenizers
 import torch
-import transformers
-from timing import PEER, Ways, arguments, print_header, print_table, run_peer
+from question import PEER, Asked, Case, answer
+from subjects import Recorded, gpt2, mlp, with_hooks
+from timing import Ways
 
-from nnsight_eager import LanguageModel, NNsight
+from nnsight_eager import NNsight
 
-LAYERS = 12
-TOKENS = 20
-
-if PEER:
+if PEER == "nnsight":
     import nnsight
 
-
-def with_hooks(layers: list[torch.nn.Module], run: Callable[[], object]) -> list[object]:
-    """What plain forward hooks see of the layers while `run` runs; registered before, removed after."""
-    seen: list[object] = []
-    handles = [layer.register_forward_hook(lambda module, args, output: seen.append(output)) for layer in layers]
-    run()
-    for handle in handles:
-        handle.remove()
-    return seen
+LAYERS = 12
+MLP = "an MLP of 12 layers, 64 wide, batch 1"
 
 
-def forward_ways(module: torch.nn.Module, path: str, **inputs: object) -> Ways:
-    """The ways to read every layer's output in one forward pass."""
-    args = (inputs.pop("x"),) if "x" in inputs else ()
-    layers = list(module.get_submodule(path))
-    twin = NNsight(module)
-    envoys = list(twin[path] if path else twin)
+def cases(asked: Asked) -> Iterator[Case]:
+    """What is measured."""
+    yield from on_an_mlp(asked)
+    width = 64 if asked.quick else 768
+    model, inputs = gpt2(width), {"input_ids": torch.arange(10)[None]}
+    yield Case(
+        f"Read 12 layers, GPT-2 of 12 layers, {width} wide, 10 tokens",
+        reading(asked, model, list(model.transformer.h), inputs),
+        asked.rounds(50),
+    )
+    yield Case(
+        "Read 12 operations, GPT-2 of 12 layers, 64 wide, 10 tokens", operations(asked, gpt2(64), inputs), asked.rounds(500)
+    )
+    for modules in (10, 100) if asked.quick else (10, 100, 1000, 10_000):
+        yield from growing(asked, modules)
 
-    def bare() -> object:
-        return module(*args, **inputs)
 
-    def empty() -> None:
-        with twin.trace(*args, **inputs):
-            pass
+def on_an_mlp(asked: Asked) -> Iterator[Case]:
+    """The smallest model: what is added shows."""
+    model, inputs = mlp(LAYERS, 64), {"input": torch.randn(1, 64)}
+    rounds = asked.rounds(2000)
+    if not PEER:
+        twin = NNsight(model)
+        bare = called(model, inputs)
+        yield Case(f"Wrapped and not traced, {MLP}", {"bare": bare, "nnsight_eager": called(twin._module, inputs)}, rounds)
+    yield Case(f"An empty trace, {MLP}", empty(asked, model, inputs), rounds)
+    yield Case(f"Read 12 layers, {MLP}", reading(asked, model, list(model), inputs), rounds)
+    yield Case(f"Replace 12 layers' outputs, {MLP}", replacing(asked, model, inputs), rounds)
 
-    def ours() -> list[object]:
-        with twin.trace(*args, **inputs):
-            return [envoy.output for envoy in envoys]
 
-    ways: Ways = {"bare forward": bare, "plain hooks": lambda: with_hooks(layers, bare)}
+def growing(asked: Asked, modules: int) -> Iterator[Case]:
+    """How costs grow with the model."""
+    model, inputs = mlp(modules, 4), {"input": torch.randn(1, 4)}
+    rounds = asked.rounds(max(3, 5000 // modules))
+    yield Case(
+        "Read the last layer of as many", reading(asked, model, [model[-1]], inputs), rounds, modules, "layers", memory=False
+    )
+    yield Case("Read every layer", reading(asked, model, list(model), inputs), rounds, modules, "layers", memory=False)
+
+
+def called(model: torch.nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
+    """The bare forward pass."""
+    return lambda: model(**inputs)
+
+
+def empty(asked: Asked, model: torch.nn.Module, inputs: dict[str, Any]) -> Ways:
+    """A trace with nothing in it."""
+    ways: Ways = {"bare": called(model, inputs)}
     if PEER:
-        peer = nnsight.NNsight(module)
-        peers = list(peer.get(path) if path else peer)
+        peer = nnsight.NNsight(model)
 
-        def peer_empty() -> None:
-            with peer.trace(*args, **inputs):
+        def theirs() -> None:
+            with peer.trace(**inputs):
                 pass
 
-        def peer_reads() -> None:
-            with peer.trace(*args, **inputs):
-                for envoy in peers:
-                    envoy.output.save()
+        return ways | {"nnsight": theirs}
+    twin = NNsight(model)
 
-        return ways | {"nnsight, empty trace": peer_empty, "nnsight": peer_reads}
-    return ways | {"wrapped, idle": bare, "nnsight_eager, empty trace": empty, "nnsight_eager": ours}
+    def ours() -> None:
+        with twin.trace(**inputs):
+            pass
 
-
-def generation_ways(module: torch.nn.Module) -> Ways:
-    """The ways to read every layer's output at every step of a generation."""
-    ids = torch.arange(10)[None]
-    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
-    twin = LanguageModel(module)
-    envoys = list(twin.transformer.h)
-
-    def bare() -> object:
-        return module.generate(ids, attention_mask=torch.ones_like(ids), **options)
-
-    def ours() -> list[object]:
-        with twin.generate(ids, attention_mask=torch.ones_like(ids), **options) as tracer:
-            return [envoy.output for _ in tracer.iter[:] for envoy in envoys]
-
-    ways: Ways = {"bare generation": bare, "plain hooks": lambda: with_hooks(list(module.transformer.h), bare)}
-    if PEER:
-        peer = nnsight.LanguageModel(module, tokenizer=any_tokenizer())
-        peers = list(peer.transformer.h)
-
-        def peer_reads() -> object:
-            with peer.generate(ids, attention_mask=torch.ones_like(ids), **options) as tracer:
-                seen = nnsight.save([])
-                for _ in tracer.iter[:TOKENS]:
-                    for envoy in peers:
-                        seen.append(envoy.output)
-            return seen
-
-        return ways | {"nnsight": peer_reads}
     return ways | {"nnsight_eager": ours}
 
 
-def any_tokenizer() -> object:
-    """A tokenizer of two words, for a peer that will not do without one."""
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "word": 1}, unk_token="<pad>"))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+def reading(asked: Asked, model: torch.nn.Module, modules: list[torch.nn.Module], inputs: dict[str, Any]) -> Ways:
+    """The outputs of these modules."""
+    bare = called(model, inputs)
+    ways: Ways = {"bare": bare, "plain hooks": lambda: with_hooks(modules, bare)}
+    names = {id(module): path for path, module in model.named_modules()}
+    paths = [names[id(module)] for module in modules]
+    if PEER:
+        peer = nnsight.NNsight(model)
+        envoys = [peer.get(path) for path in paths]
+
+        def theirs() -> list[Any]:
+            with peer.trace(**inputs):
+                seen = nnsight.save([])
+                for envoy in envoys:
+                    seen.append(envoy.output)
+            return seen
+
+        return ways | {"nnsight": theirs}
+    twin = NNsight(model)
+    ours_at = [twin[path] for path in paths]
+
+    def recorded() -> dict[str, Any]:
+        with Recorded(model, paths) as seen:
+            bare()
+        return seen.outputs
+
+    def ours() -> list[Any]:
+        with twin.trace(**inputs):
+            return [envoy.output for envoy in ours_at]
+
+    ways |= {"baukit's way": recorded, "nnsight_eager": ours}
+    return ways | with_pyvene(model, paths, inputs) if asked.has("pyvene") and hasattr(model, "config") else ways
 
 
-def main() -> None:
-    """Print the tables."""
-    rounds = arguments(__doc__, rounds=2000)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    print_header()
-    mlp = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(LAYERS)]).eval()
-    config = transformers.GPT2Config(n_layer=LAYERS, n_embd=768, n_head=12, vocab_size=50257)
-    gpt2 = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        title = f"Every layer's output of an MLP of {LAYERS} layers, 64 wide, batch 1"
-        print_table(title, forward_ways(mlp, "", x=torch.randn(1, 64)), rounds)
-        title = f"Every layer's output of GPT-2, {LAYERS} layers, 768 wide, random weights, 10 tokens"
-        print_table(title, forward_ways(gpt2, "transformer.h", input_ids=torch.arange(10)[None]), max(rounds // 40, 3))
-        title = f"Every layer's output at each of {TOKENS} generated tokens of the same GPT-2"
-        print_table(title, generation_ways(gpt2), max(rounds // 200, 3))
-    run_peer(__file__, rounds)
+def with_pyvene(model: torch.nn.Module, paths: list[str], inputs: dict[str, Any]) -> Ways:
+    """The same by pyvene's collecting interventions."""
+    import pyvene
+
+    wanted = [{"component": f"{path}.output", "intervention": pyvene.CollectIntervention()} for path in paths]
+    collecting = pyvene.IntervenableModel(wanted, model=model)
+    return {"pyvene": lambda: collecting(inputs)[0][1]}
+
+
+def replacing(asked: Asked, model: torch.nn.Sequential, inputs: dict[str, Any]) -> Ways:
+    """Every layer gives a constant."""
+    bare, constant = called(model, inputs), torch.ones(1, 64)
+
+    def hooked() -> Any:
+        handles = [layer.register_forward_hook(lambda module, args, output: constant) for layer in model]
+        result = bare()
+        for handle in handles:
+            handle.remove()
+        return result
+
+    ways: Ways = {"bare": bare, "plain hooks": hooked}
+    if PEER:
+        peer = nnsight.NNsight(model)
+        envoys = list(peer)
+
+        def theirs() -> None:
+            with peer.trace(**inputs):
+                for envoy in envoys:
+                    envoy.output = constant
+
+        return ways | {"nnsight": theirs}
+    twin = NNsight(model)
+    ours_at = list(twin)
+
+    def ours() -> None:
+        with twin.trace(**inputs):
+            for envoy in ours_at:
+                envoy.output = constant
+
+    return ways | {"nnsight_eager": ours}
+
+
+def operations(asked: Asked, model: Any, inputs: dict[str, Any]) -> Ways:
+    """What the attention function gives, inside each layer's forward."""
+    ways: Ways = {"bare": called(model, inputs)}
+    if PEER:
+        peer = nnsight.NNsight(model)
+        envoys = list(peer.transformer.h)
+
+        def theirs() -> list[Any]:
+            with peer.trace(**inputs):
+                seen = nnsight.save([])
+                for envoy in envoys:
+                    seen.append(envoy.attn.source.attention_interface_1.output)
+            return seen
+
+        return ways | {"nnsight": theirs}
+    twin = NNsight(model)
+    ours_at = list(twin.transformer.h)
+
+    def ours() -> list[Any]:
+        with twin.trace(**inputs):
+            return [envoy.attn.source.attention_interface_1.output for envoy in ours_at]
+
+    return ways | {"nnsight_eager": ours}
 
 
 if __name__ == "__main__":
-    main()
+    answer(__doc__, cases, apart=("nnsight",), within=("pyvene",))

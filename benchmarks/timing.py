@@ -1,79 +1,79 @@
-"""What the benchmarks share: interleaved timing, tables, and a peer in a process of its own."""
+"""How long ways of doing the same work take, and how much memory they need.
 
-import argparse
-import importlib.util
-import platform
+medians({"bare": bare, "plain hooks": hooks}, rounds=100)       # {"bare": 5.1e-05, "plain hooks": 8.8e-05}: seconds
+memory(hooks)                                                  # Memory(peak=..., kept=...): bytes
+"""
+
 import random
 import statistics
-import subprocess
-import sys
 import time
-import warnings
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
 
-Ways = dict[str, Callable[[], object]]
-PEER = "--peer" in sys.argv
-"""Whether this is the process in which nnsight is measured, against its own baselines."""
+import torch
 
-
-def arguments(description: str | None, rounds: int) -> int:
-    """The command line of a benchmark: the rounds of its smallest case."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help="rounds of the smallest case; others may take fewer")
-    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
-    warnings.filterwarnings("ignore", module="nnsight")
-    return parser.parse_args().rounds
+Way = Callable[[], object]
+Ways = dict[str, Way]
+Clock = Callable[[], float]
 
 
-def median_times(ways: Ways, rounds: int) -> dict[str, float]:
-    """The median time of each way, in microseconds, over interleaved rounds."""
+class Seconds(float):
+    """What a way returns that has measured itself: a process, without its start."""
+
+
+class Memory(NamedTuple):
+    """Bytes that torch has allocated: at most, while a way ran, and what its answer holds."""
+
+    peak: int
+    kept: int
+
+
+def medians(ways: Ways, rounds: int, twice: bool = True, clock: Clock = time.process_time) -> dict[str, float]:
+    """The median time of each way in seconds: of the processor, or by another clock.
+
+    Every round runs each way in random order, so that a slow moment of the machine hits all of them, and `twice`, of which the
+    second is timed: a way does not pay for what the one before has left. The processor's time is what the work takes where
+    others are at work on the machine too; it does not count waiting for a disk.
+    """
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way()
     order = list(ways.items())
     shuffle = random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name, way in order:
-            way()  # untimed: a way does not pay for what the one before has left
-            start = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) * 1e6 for name, each in times.items()}
+            if twice:
+                way()
+            start = clock()
+            answer = way()
+            spent = clock() - start
+            times[name].append(answer if isinstance(answer, Seconds) else spent)
+            del answer
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
-def print_table(title: str, ways: Ways, rounds: int) -> None:
-    """One markdown table; the first way is the bare one."""
-    times = median_times(ways, rounds)
-    bare, *_ = times.values()
-    hooks = times["plain hooks"] - bare
-    print(f"\n{title}, {rounds} rounds\n")
-    print("| way | median | of bare | added | of hooks |")
-    print("|---|---:|---:|---:|---:|")
-    for name, each in times.items():
-        added = each - bare
-        ratio = f"{added / hooks:.2f}" if name not in ("wrapped, idle",) and added else "" if added else "0"
-        print(f"| {name} | {each:,.0f} µs | {each / bare:.3f} | {added:,.0f} µs | {ratio} |")
+def memory(way: Way) -> Memory:
+    """What a way needs, from torch's own record of what was allocated and freed; the same each time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        answer = way()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    now = peak = 0
+    for event in events:
+        now += event.nbytes()
+        peak = max(peak, now)
+    storages = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors_in(answer)}
+    return Memory(peak, sum(storages.values()))
 
 
-def installed(name: str) -> str:
-    """The version of a package, or that it is missing."""
-    try:
-        return f"{name} {version(name)}"
-    except PackageNotFoundError:
-        return f"{name} not installed"
-
-
-def print_header() -> None:
-    """The machine and the versions, once."""
-    if not PEER:
-        packages = ", ".join(map(installed, ("torch", "transformers", "greenlet", "nnsight")))
-        print(f"{platform.machine()}, Python {platform.python_version()}, 1 thread; {packages}")
-
-
-def run_peer(script: str, rounds: int) -> None:
-    """Run the script once more for nnsight, where it is installed."""
-    if not PEER and importlib.util.find_spec("nnsight"):
-        print("\nThe same in a process with nnsight, against its own baselines", flush=True)
-        subprocess.run([sys.executable, script, "--peer", f"--rounds={rounds}"], check=True)
+def tensors_in(value: Any, met: set[int] | None = None) -> Iterator[torch.Tensor]:
+    """The tensors in what a way returns, whatever it is of; a model in it is not the answer's."""
+    met = set() if met is None else met
+    if id(value) in met or isinstance(value, (torch.nn.Module, type, FunctionType, MethodType)):
+        return
+    met.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    for each in (*parts, *getattr(value, "__dict__", {}).values()):
+        yield from tensors_in(each, met)

@@ -36,11 +36,13 @@ from .errors import (
     PaddingError as PaddingError,
     PathError as PathError,
     PointError as PointError,
+    RanksError as RanksError,
     RemoteError as RemoteError,
     RowsError as RowsError,
     RunEndedError as RunEndedError,
     RunError as RunError,
     ServerLostError as ServerLostError,
+    ShardError as ShardError,
     SourceError as SourceError,
     StepError as StepError,
     TokenizerMissingError as TokenizerMissingError,
@@ -56,6 +58,7 @@ from .remote import connect as connect
 from .summaries import summary as summary
 from .trace import Trace as Trace
 from .tree import Envoy as Envoy
+from .vision import VisionLanguageModel as VisionLanguageModel
 
 add_save_to_tensors()
 

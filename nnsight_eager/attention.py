@@ -36,6 +36,10 @@ class AttentionPattern(Part):
         self.users: set[Explicit] = set()
         self.configured: Any = None  # the attention module's own configuration
 
+    def of(self, owner: torch.nn.Module) -> "AttentionPattern":
+        """The pattern of another attention."""
+        return AttentionPattern(owner, self.path, self.implementation)
+
     @property
     def key(self) -> Hashable:
         """One pattern is computed at a time."""

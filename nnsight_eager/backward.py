@@ -12,7 +12,9 @@ on the calling thread. While a block is open on a stack, `grad` of a tensor mean
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Final
@@ -26,8 +28,18 @@ from .entering import is_entered
 from .errors import EditError, NotReachedError, OutOfOrderError, OutsideTraceError, RunEndedError, RunError
 from .nested import as_where_made, described
 
-_open: Final[list["Backward"]] = []
-"""The blocks that are open, on whatever stack; a block is found by its stack."""
+_open: Final[ContextVar[tuple["Backward", ...]]] = ContextVar("nnsight_eager_backward_passes", default=())
+"""The blocks that are open in this context, on whatever stack: tasks share a stack, and bodies of a trace a context."""
+
+
+class _Begun(threading.local):
+    """The backward passes in the middle of which this thread's autograd is, outermost first."""
+
+    def __init__(self) -> None:
+        self.passes: list[Coroutine] = []
+
+
+_begun: Final = _Begun()
 
 
 class Arrival:
@@ -73,7 +85,7 @@ class Backward:
             )
         edge_of(self._loss, "the loss")  # refused here, where it has none
         self._stack = current_stack()
-        _open.append(self)
+        _open.set((*(each for each in _open.get() if each._stack is not None), self))
         gradients_here.begin()
         return self
 
@@ -83,7 +95,8 @@ class Backward:
             while error is None and not self._pass.finished:
                 self._go_on()
         finally:
-            _open.remove(self)
+            self._stack = None
+            _open.set(tuple(each for each in _open.get() if each is not self))
             gradients_here.end()
             self._end()
 
@@ -127,6 +140,14 @@ class Backward:
 
     def _go_on(self) -> None:
         self._at = None
+        passes = _begun.passes = [each for each in _begun.passes if not each.finished]
+        if not self._pass.begun:
+            passes.append(self._pass)
+        elif passes[-1] is not self._pass:
+            raise RunError(
+                "Another backward pass has begun on this thread and is in the middle: autograd would run both together.",
+                "Read all gradients of a block without an `await` or a `yield` between them, or use threads.",
+            )
         self._at = self._pass.resume()
 
     def _missed(self, node: Node, asked: str) -> OutOfOrderError | NotReachedError:
@@ -203,7 +224,7 @@ def here(what: str) -> Backward:
 
 
 def _open_here() -> Backward | None:
-    for each in reversed(_open):
+    for each in reversed(_open.get()):
         if each.waits_here:
             return each
     return None

@@ -16,9 +16,9 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from .errors import CacheError, RowsError
+from .errors import CacheError, RowsError, ShardError
 from .folding import folded
-from .nested import described, first_tensor, mapped, tensors
+from .nested import copied, described, first_tensor, tensors
 from .paths import near, spelled
 from .shown import Column, Grid, Line, Part, Shown
 from .summaries import one_line
@@ -56,7 +56,7 @@ class Keep(NamedTuple):
 
     def copy(self, value: Any) -> Any:
         """A copy of `value` as it is to be kept."""
-        return mapped(value, self._copied)
+        return copied(value, self._copied)
 
     def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.positions is not None and tensor.dim() == 3:
@@ -89,12 +89,12 @@ class Cache(Shown):
     def watcher(self, path: str, keep: Keep, part: Callable[[Any, str], Any], *, named: bool = True) -> Callable[[Visit], None]:
         """What is called at each visit of the module at `path`; `part` narrows a value to what is to be seen of it.
 
-        Where nobody has `named` the module, a value in which nothing is to be seen is left out.
+        Where nobody has `named` the module, a value is left out in which nothing is to be seen, or that cannot be put together.
         """
         inputs: list[Any] = []
 
-        def watch(visit: Visit) -> None:
-            with contextlib.nullcontext() if named else contextlib.suppress(RowsError):
+        def watch_unnamed(visit: Visit) -> None:
+            with contextlib.suppress(RowsError, ShardError):
                 keep_visit(visit)
 
         def keep_visit(visit: Visit) -> None:
@@ -106,7 +106,7 @@ class Cache(Shown):
             entry = Entry(visit.step, output, inputs.pop() if inputs else None)
             self._entries.setdefault(path, []).append(entry)
 
-        return watch
+        return keep_visit if named else watch_unnamed
 
     @property
     def nbytes(self) -> int:
@@ -233,7 +233,8 @@ class Cached(Shown):
 
     def _is_there(self) -> bool:
         """Whether the cache has something of this module or of one below it."""
-        return any(path == self._path or path.startswith(self._prefix) for path in self._cache._entries)
+        entries = self._cache._entries
+        return self._path in entries or any(path.startswith(self._prefix) for path in entries)
 
     def _checked(self) -> "Cached":
         if not self._is_there():

@@ -31,6 +31,11 @@ class OperationPart(Part):
         self.names = names
         self._owner_path = path
 
+    def of(self, owner: torch.nn.Module) -> "OperationPart":
+        """The operation of these names in another owner's forward."""
+        around = self.around.of(owner) if isinstance(self.around, Part) else None
+        return OperationPart(owner, self._owner_path, self.names, around)
+
     @property
     def key(self) -> Hashable:
         """All operations of an owner are heard by one rewritten forward."""

@@ -100,22 +100,26 @@ class Coroutine:
             self._share_context(here)
         side = self._side
         grad = grad_enabled()
-        if side.in_force() and side.inference is self._base.inference:
-            self._opener = side
-            self._grad = grad
-            paused_with = self._switch()
-            if not self.finished:
-                if self._grad is not grad:
-                    set_grad_enabled(grad)
-                return paused_with
-            if not side.in_force():
-                reset(side)
-        else:
-            # Also where the function may leave an inference mode it entered: only a guard of ours brings that back.
-            self._opener = opener = Settings.take()
-            self._grad = None
-            paused_with = exchange(opener, side, self._switch, guard=True)
-        set_grad_enabled(grad)
+        try:
+            if side.in_force() and side.inference is self._base.inference:
+                self._opener = side
+                self._grad = grad
+                paused_with = self._switch()
+                if not self.finished:
+                    if self._grad is not grad:
+                        set_grad_enabled(grad)
+                    return paused_with
+                if not side.in_force():
+                    reset(side)
+            else:
+                # Also where the function may leave an inference mode it entered: only a guard of ours brings that back.
+                self._opener = opener = Settings.take()
+                self._grad = None
+                paused_with = exchange(opener, side, self._switch, guard=True)
+            set_grad_enabled(grad)
+        except BaseException:  # Ctrl-C, pressed while the function ran, is raised behind the switch
+            set_grad_enabled(grad)
+            raise
         if self._error is not None:
             self._raise()
         return paused_with

@@ -12,8 +12,9 @@ generators, which share their caller's.
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
@@ -55,7 +56,23 @@ _held_anywhere_lock = threading.Lock()
 
 def enter(run: Open) -> None:
     """Make `run` the one that points mean where this is called and on the stack above."""
-    entered, entry = _entered.get(), (weakref.ref(run), _frames())
+    _enter(run, _frames())
+
+
+def enter_bodies(run: Open) -> Callable[[], None]:
+    """Make `run` the one that points mean on its bodies' stacks, as one that is held or a fork is not yet; what ends that."""
+    if any(reference() is run for reference, _ in _entered.get()):
+        return _stay
+    _enter(run, ())
+    return partial(leave, run)
+
+
+def _stay() -> None:
+    """Leave a run entered that was before."""
+
+
+def _enter(run: Open, by: Frames) -> None:
+    entered, entry = _entered.get(), (weakref.ref(run), by)
     _entered.set((*(each for each in entered if each[0]() is not None), entry) if entered else (entry,))
 
 

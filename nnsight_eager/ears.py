@@ -9,25 +9,32 @@ visited several times; the first run of a kind of call listens everywhere and le
 """
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from .aliases import Aliases
+from .compiled import CALL, Eagerly, tell
 from .errors import RunEndedError
+from .fast_paths import FAST, leave_where_seen
 from .inside import Apart, Part
 from .order import Order
-from .paths import modules_above, path_in
-from .taps import put_up, take_down, tap_at
-from .visits import Forward, RootVisit, Visit, is_compiled, not_compiled
+from .paths import modules_above, path_in, spelled
+from .taps import ABSENT, put_up, take_down, tap_at
+from .visits import Between, Forward, RootVisit, Visit, is_compiled, not_compiled
 
 P = TypeVar("P", bound=Part)
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several that torch knows of."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Memory:
     """What the runs of one model leave for the next: the order learned for each kind of call, ears and parts to use again."""
 
-    __slots__ = ("aliases", "compiled", "orders", "parts", "visits")
+    __slots__ = ("aliases", "alone", "between", "compiled", "orders", "parts", "told", "visits")
 
     def __init__(self, aliases: Aliases) -> None:
         """Nothing has run yet. `aliases` are the model's other names, which messages use."""
@@ -35,7 +42,23 @@ class Memory:
         self.orders: dict[str, Order] = {}
         self.visits: dict[int, Visit] = {}
         self.parts: dict[Hashable, Part] = {}
-        self.compiled = False
+        self.compiled = False  # whether some module of it is, so that every ear has to be kept from the compiler
+        self.told = False  # whether the user knows
+        self.alone = False  # nothing is to stand between
+        self.between: Between | None = None  # looked for before the first run of each kind of call
+
+    def look_between(self, root: torch.nn.Module, name: str) -> Between | None:
+        """What stands between the model and whoever asks, where several processes run it together."""
+        if self.between is None and not self.alone and name not in self.orders and is_distributed():
+            from .distributed.spread import spread_over
+
+            self.between = spread_over(root)
+        return self.between
+
+    def forward(self, root: torch.nn.Module, name: str, make: Callable[..., Forward]) -> Callable[..., Forward]:
+        """What makes the forwards of this kind of call, where `make` would."""
+        between = self.look_between(root, name)
+        return make if between is None else between.forward(make)
 
     def part(self, key: Hashable, make: Callable[[], P]) -> P:
         """The part of this key: one for all runs of the model."""
@@ -47,7 +70,7 @@ class Memory:
 class Ears:
     """The ears of one run, by the identity of their module."""
 
-    __slots__ = ("_around", "_forward", "_name", "_put_up", "_root", "_stack", "apart", "memory", "open", "order",
+    __slots__ = ("_around", "_eagerly", "_forward", "_name", "_put_up", "_root", "_stack", "apart", "memory", "open", "order",
         "visits")  # fmt: skip
 
     def __init__(self, root: torch.nn.Module, name: str, forward: Forward, memory: Memory) -> None:
@@ -62,6 +85,7 @@ class Ears:
         self.open = True
         self._put_up: list[Visit] = []
         self.apart: dict[Hashable, Apart] = {}
+        self._eagerly = Eagerly()
         self._around: frozenset[int] | None = None
         self.order = memory.orders.get(name) or Order()
 
@@ -112,6 +136,7 @@ class Ears:
     def take_down(self) -> None:
         """Take every ear out of its module, and let owners call no part apart."""
         take_down(self._put_up)
+        self._eagerly.end()
         while self.apart:
             key = next(reversed(self.apart))
             self.apart[key].end()
@@ -120,7 +145,7 @@ class Ears:
     def put_away(self, cut_short: bool) -> None:
         """Leave the ears to later runs; done once the forward has ended, whose frames use them."""
         for visit in self._put_up:
-            if cut_short or visit.going_on:
+            if cut_short or visit.going_on or visit.stop_after or visit.stop_before:  # the last where the forward has failed
                 visit.rest()
             visit.forward, visit.gave, visit.watchers = None, None, ()
             if visit.spent:
@@ -142,6 +167,12 @@ class Ears:
         put_up(visit, self._stack)
         if isinstance(module, Part):
             self.of_part(module).hear(module, visit)
+        elif CALL in visit.own or visit._original is not ABSENT:
+            self._run_eagerly(visit)
+        if isinstance(module, FAST):
+            leave_where_seen(visit, self.visits)
+        if self.learning:
+            return visit  # every module listens
         around = self.order.around.get(id(module))
         if around is None:
             self._listen_at(modules_above(self._root, module))
@@ -149,6 +180,12 @@ class Ears:
             self._around = around
             self._listen_at(self.order.living(around))
         return visit
+
+    def _run_eagerly(self, visit: Visit) -> None:
+        """Have a compiled module run as it is written, and say so the first time."""
+        if self._eagerly.call(visit) and not self.memory.told:
+            self.memory.told = True
+            tell(spelled(self.path_of(visit.module)))
 
     def _listen_at(self, modules: Iterable[torch.nn.Module]) -> None:
         """Put up an ear at each of these modules that has none."""
@@ -160,7 +197,9 @@ class Ears:
         if not self.open:
             in_a_block = "Read points inside the `with` block, or open a new trace."
             raise RunEndedError("This run has ended.", self._forward.again if self._forward.by_hand else in_a_block)
-        kind = RootVisit if module is self._root else Visit
+        kind: Any = RootVisit if module is self._root else Visit
+        if self.memory.between is not None:
+            kind = self.memory.between.ear(kind)
         visit = tap_at(not_compiled(kind)() if self.memory.compiled else kind(), module)
         visit.rest()
         self.visits[id(module)] = visit  # whole before it is kept: Ctrl-C may come between any two lines

@@ -9,6 +9,7 @@
 An edit runs once in every step of every trace and generation, before invokes and before the code of the trace.
 """
 
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -46,10 +47,12 @@ class Edit:
 
     def body(self, run: SharedRun) -> Body:
         """The edit as a body of one run: its program in every step."""
-        body = Body(lambda: self._every_step(run, body), self.label)
+        of = weakref.ref(run)  # weakly, so that a run which never begins is freed at once
+        body = Body(lambda: self._every_step(of(), body), self.label)
         return body
 
-    def _every_step(self, run: SharedRun, body: Body) -> None:
+    def _every_step(self, run: SharedRun | None, body: Body) -> None:
+        assert run is not None
         step, first = 0, list[torch.nn.Module]()
         while run.to_step(step):
             body.asked, body.reached = [], 0

@@ -7,14 +7,16 @@ NnsightEagerError
 │   ├── OutsideTraceError     no run is open
 │   ├── InsideForwardError    the forward pass itself asked
 │   ├── ChangedInPlaceError   it was overwritten meanwhile
-│   └── RowsError             an invoke's rows in it cannot be told
+│   ├── RowsError             an invoke's rows in it cannot be told
+│   └── ShardError            how it is divided among ranks cannot be told
 ├── RunError                  the run cannot do what is asked of it
 │   ├── RunEndedError         it is over
 │   ├── WrongThreadError      it is paused on another thread
 │   ├── EditError             it cannot take this edit
 │   ├── StepError             it has no such step
 │   ├── InvokeError           its invokes cannot be run as they are written
-│   └── DeadlockError         its invokes wait for each other
+│   ├── DeadlockError         its invokes wait for each other
+│   └── RanksError            the ranks that run the model ask for different points
 ├── InputError                what the model was given cannot be run
 │   ├── EmptyInputError       there is nothing in it
 │   ├── TokenizerMissingError text, and nothing to tokenize it with
@@ -80,6 +82,10 @@ class RowsError(PointError):
     """A value in which the rows of an invoke cannot be told, or that it shares with others and cannot change."""
 
 
+class ShardError(PointError):
+    """A value of which each rank has something of its own, and how to put it together cannot be told."""
+
+
 class RunError(NnsightEagerError):
     """The run cannot do what is asked of it."""
 
@@ -106,6 +112,12 @@ class InvokeError(RunError):
 
 class DeadlockError(RunError):
     """The invokes of a trace wait for each other, and none can go on."""
+
+
+class RanksError(RunError):
+    """The ranks that run a model together ask for different points; `asked` is what each asks for, by rank."""
+
+    asked: dict[int, str]
 
 
 class InputError(NnsightEagerError):

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -28,6 +28,7 @@ from .model import NNsight
 from .nested import described, first_tensor
 from .paths import spelled
 from .progress import progress
+from .shard import Shard, shard_at
 from .visits import OUTPUT, Visit, Watcher
 
 Prepare = Callable[[list[Row]], dict[str, Any]]
@@ -36,8 +37,11 @@ Prepare = Callable[[list[Row]], dict[str, Any]]
 Share = Callable[[Path, list[int], Mapping[str, Form], Callable[[int], None]], None]
 """Has the shards of some numbers made in a folder."""
 
-TOKEN_BYTES = 3 * torch.int64.itemsize
-"""What a shard takes for a token beside its points: row, position and id."""
+SURVEYED: Final = 13
+"""How many tokens tell what there is to store: a number that no model has heads or experts of."""
+
+BESIDE: Final = dict.fromkeys(("row", "position", "token"), Form((), "int64"))
+"""What a shard has for each token beside its points."""
 
 
 class Options(NamedTuple):
@@ -93,7 +97,10 @@ class Extraction:
 
     def make(self, folder: Path, number: int, points: Mapping[str, Form], advance: Callable[[int], None]) -> None:
         """Make one shard, which holds the same whoever makes it."""
-        _write(shard_path(folder, number), self._shard(self._shards(points)[number], points, advance))
+        batches = self._shards(points)[number]
+        tokens = sum(self._lengths[row] for batch in batches for row in batch)
+        with shard_at(shard_path(folder, number), _stored(points), tokens) as shard:
+            self._fill(shard, batches, points, advance)
 
     def check_weights(self) -> None:
         """Raise where the model's weights are not those that the request was made with."""
@@ -138,13 +145,13 @@ class Extraction:
 
     def _shards(self, points: Mapping[str, Form]) -> list[list[Batch]]:
         """The batches of each shard."""
-        token = TOKEN_BYTES + sum(form.nbytes for form in points.values())
+        token = sum(form.nbytes for form in _stored(points).values())
         return sharded(self._batches, self._lengths, self._options.shard_bytes // token)
 
     def _survey(self) -> dict[str, Form]:
-        """What there is to store, in the order the model comes by it, from a whole forward pass on the longest row."""
+        """What there is to store, in the order the model comes by it, from a whole forward pass on a few tokens."""
         seen: dict[str, list[torch.Tensor | None]] = {}
-        keywords = self._prepare([self._rows[self._batches[0][0]]])
+        keywords = self._prepare([self._rows[self._batches[0][0]][:SURVEYED]])
         with torch.no_grad(), self.model.trace(**keywords) as tracer:
             for path, module in self._modules.items():
                 tracer.watch(module, _noted(seen, path))
@@ -164,24 +171,16 @@ class Extraction:
         dtype = self._options.dtype if self._options.dtype is not None and value.is_floating_point() else value.dtype
         return Form(tuple(value.shape[2:]), str(dtype).removeprefix("torch."))
 
-    def _shard(self, batches: list[Batch], points: Mapping[str, Form], advance: Callable[[int], None]) -> bytes:
-        """A shard as the bytes of its file: its batches one after another, no padding."""
-        from safetensors.torch import save
-
-        chunks: dict[str, list[torch.Tensor]] = {key_of(path): [] for path in points}
+    def _fill(self, shard: Shard, batches: list[Batch], points: Mapping[str, Form], advance: Callable[[int], None]) -> None:
+        """Write the batches one after another, no padding."""
         for batch in batches:
             for path, value in self._values(batch, points).items():
-                chunks[key_of(path)].append(value)
-            advance(sum(self._lengths[row] for row in batch))
-        rows = [row for batch in batches for row in batch]
-        return save(
-            {key: torch.cat(values) for key, values in chunks.items()}
-            | {
-                "row": torch.tensor([row for row in rows for _ in self._rows[row]]),
-                "position": torch.tensor([position for row in rows for position in range(self._lengths[row])]),
-                "token": torch.tensor([token for row in rows for token in self._rows[row]]),
-            }
-        )
+                shard.add(key_of(path), value)
+            lengths = [self._lengths[row] for row in batch]
+            shard.add("row", torch.tensor([row for row in batch for _ in self._rows[row]]))
+            shard.add("position", torch.cat([*map(torch.arange, lengths)]))
+            shard.add("token", torch.tensor([token for row in batch for token in self._rows[row]]))
+            advance(sum(lengths))
 
     def _values(self, batch: Batch, points: Mapping[str, Form]) -> dict[str, torch.Tensor]:
         """What each point gives for the tokens of a batch, `[tokens, ...]`; the forward is stopped behind the last."""
@@ -197,6 +196,11 @@ class Extraction:
                 values[path] = hidden[mask.to(hidden.device)].to("cpu", form.torch_dtype)
             tracer.stop()
         return values
+
+
+def _stored(points: Mapping[str, Form]) -> dict[str, Form]:
+    """The tensors of a shard."""
+    return {**BESIDE, **{key_of(path): form for path, form in points.items()}}
 
 
 def refuse_unusable(modules: Mapping[str, torch.nn.Module], options: Options) -> None:

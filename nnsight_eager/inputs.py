@@ -23,12 +23,16 @@ TOKENIZING: Final = ("truncation", "add_special_tokens")
 
 
 class Inputs(NamedTuple):
-    """How one model wants its inputs: the tokenizer, if any, the side to pad on, the id to pad with, the keywords it takes."""
+    """How one model wants its inputs: the tokenizer, if any, the side to pad on, the id to pad with, the keywords it takes.
+
+    `main` is the keyword that a tensor is meant for where the model runs on something else than tokens: `pixel_values`.
+    """
 
     tokenizer: Any
     side: Side
     pad: int | None
     takes: Container[str]
+    main: str = CONTENT[0]
 
     def prepare(self, given: tuple[Any, ...], keywords: Mapping[str, Any]) -> dict[str, Any]:
         """The keywords for the call, from at most one positional input and the keywords beside it."""
@@ -66,7 +70,7 @@ class Inputs(NamedTuple):
         if hasattr(given, "__array__"):
             given = torch.as_tensor(given)
         if isinstance(given, torch.Tensor):
-            return self.ids(given)
+            return self.ids(given) if self.main in CONTENT else {self.main: given}
         if isinstance(given, Mapping):
             return self.chats([[given]]) if is_message(given) else self.encoding(given)
         if not isinstance(given, Sequence) or isinstance(given, (bytes, bytearray)):

@@ -51,6 +51,10 @@ class Part(torch.nn.Module):
             return True
         return any(each is self.owner for each in module.modules())
 
+    def of(self, owner: torch.nn.Module) -> "Part":
+        """The same part of another owner's forward."""
+        raise NotImplementedError
+
     @property
     def key(self) -> Hashable:
         """The same for all parts that are called apart together."""

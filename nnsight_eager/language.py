@@ -9,7 +9,7 @@ model.tokenizer.decode(tracer.result[0])
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 
 from .activations import Activations
 from .aliases import Rename
-from .batching import Given, with_shared
+from .batching import Given, joined, with_shared
 from .dataset import Row, refuse_longer, token_rows
 from .errors import ExtractError, InputError, LoadError
 from .extraction import Extraction, Options, Share
@@ -59,7 +59,7 @@ class Generator:
 class Generation(Trace):
     """A trace of a generation. It has no graph, so where its code asks autograd for a gradient, torch's error says why."""
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
             _say_no_graph(error)
             return super().__exit__(kind, error, traceback)
@@ -90,15 +90,19 @@ class LanguageModel(NNsight):
         revision: str | None = None,
         trust_remote_code: bool = False,
         rename: Rename | None = None,
+        automodel: Any = None,
         **from_pretrained: Any,
     ) -> None:
         """Wrap a loaded module, or a model by its name or folder, whose weights are loaded at the first run.
 
             model = LanguageModel("openai-community/gpt2")
             model = LanguageModel(hf_model, tokenizer=hf_tokenizer)
+            model = LanguageModel("google-bert/bert-base-uncased", automodel=AutoModelForMaskedLM)
 
-        `dispatch=True` loads the weights at once; `rename` gives modules other names, as for `NNsight`. What else is given
-        goes to `from_pretrained`. Raises `LoadError` where there is no such model.
+        `automodel` is any model class of transformers, automatic or not, or its name; without it the class is the one that the
+        model was saved as. `dispatch=True` loads the weights at once; `rename` gives modules other names, as for `NNsight`.
+        What else is given goes to `from_pretrained`. Raises `LoadError` where there is no such model, or it is none of that
+        class.
         """
         named = {"device_map": device_map, "dtype": dtype, "attn_implementation": attn_implementation, "revision": revision}
         options = {name: value for name, value in named.items() if value is not None} | from_pretrained
@@ -108,7 +112,7 @@ class LanguageModel(NNsight):
         self._origin: Source | None = None  # what it was loaded from, and is still the same as
         if isinstance(name_or_path_or_module, (str, PathLike)):
             name = fspath(name_or_path_or_module)
-            self._source = source(name, options)
+            self._source = source(name, options, automodel)
             tokenizer = name if tokenizer is None else tokenizer
             super().__init__(self._source.skeleton(), rename)
         else:
@@ -165,9 +169,10 @@ class LanguageModel(NNsight):
                 logits = model.lm_head.output                 # [batch, seq, vocabulary]
 
         The input is text, a list of texts, ids (a list, nested lists, a tensor), an encoding or dict, chat messages, or one of
-        the keywords `input_ids=`, `inputs_embeds=`. `truncation=`, `max_length=` beside it, and `add_special_tokens=` go to the
-        tokenizer, other keywords to the call. Shorter rows are padded, left for a causal model, with their positions counted
-        from the first real token. With `fn`, what is given goes to that method as it is.
+        the keywords `input_ids=`, `inputs_embeds=`, or what else the model runs on (`input_features=` of speech models).
+        `truncation=`, `max_length=` beside it, and `add_special_tokens=` go to the tokenizer, other keywords to the call.
+        Shorter rows are padded, left for a causal model, with their positions counted from the first real token. With `fn`,
+        what is given goes to that method as it is.
         """
         self.dispatch()
         if fn is not None and fn != "forward":
@@ -226,6 +231,11 @@ class LanguageModel(NNsight):
         """
         rows = token_rows(texts, self.tokenizer, column, max_length)
         self.dispatch()
+        if self._tree.memory.look_between(self._module, "extract") is not None:
+            raise ExtractError(
+                "Activations of a model that is divided among ranks cannot be extracted: each rank would write the folder.",
+                "Keep them with `tracer.cache(...)`, and save that `if tracer.rank0:`.",
+            )
         refuse_longer(rows, getattr(getattr(self._module, "config", None), "max_position_embeddings", None))
         modules = self._chosen(() if points is None else points)
         options = Options(batch_tokens, dtype, shard_bytes)
@@ -257,7 +267,7 @@ class LanguageModel(NNsight):
         with model.scan("The Eiffel Tower is in"):
             print(model.transformer.h[5].hidden.shape)       # [1, seq, hidden]
         """
-        call = self._called("forward", self._inputs.prepare(inputs, keywords))
+        call = self._called("forward", self._prepare(inputs, keywords))
         mask = call.kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and bool(mask.all()):
             del call.kwargs["attention_mask"]  # the model would drop it too, but cannot see that it is all ones
@@ -268,10 +278,13 @@ class LanguageModel(NNsight):
 
         Raises `BatchError` for a keyword that has no rows (give it to `trace`), and for ids beside embeddings.
         """
-        prepare = self._inputs.prepare
+        prepare = self._prepare
         if all(len(each.args) == 1 and isinstance(each.args[0], str) and not each.kwargs for each in inputs):
             return Given((), prepare(([each.args[0] for each in inputs],), {})), [1] * len(inputs)  # tokenized at once
-        prepared, sizes = together([prepare(each.args, each.kwargs) for each in inputs], self._side, self._pad)
+        each_prepared = [prepare(each.args, each.kwargs) for each in inputs]
+        if not any(content in each for each in each_prepared for content in CONTENT):
+            return joined([Given((), each) for each in each_prepared])  # no tokens to pad: images, sounds
+        prepared, sizes = together(each_prepared, self._side, self._pad)
         return Given((), prepared), sizes
 
     def _new_trace(self, name: str, call: Call | None, division: Division | None) -> Trace:
@@ -279,8 +292,8 @@ class LanguageModel(NNsight):
 
     def _traced(self, name: str, inputs: tuple[Any, ...], keywords: dict[str, Any], batched: bool) -> Trace:
         """A trace of one call; where nothing says what to run on, that is left to invokes."""
-        if inputs or any(keywords.get(content) is not None for content in CONTENT):
-            return self._new_trace(name, self._called(name, self._inputs.prepare(inputs, keywords)), None)
+        if inputs or any(keywords.get(content) is not None for content in self._content):
+            return self._new_trace(name, self._called(name, self._prepare(inputs, keywords)), None)
 
         def together(given: Sequence[Given]) -> tuple[Call, list[int]]:
             tokenizing, others = for_tokenizer(keywords)
@@ -288,6 +301,10 @@ class LanguageModel(NNsight):
             return self._called(name, with_shared(batch, others).kwargs), sizes
 
         return self._new_trace(name, None, Division(together, batched))
+
+    def _prepare(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """What a user has passed, as the keywords of a call."""
+        return self._inputs.prepare(inputs, keywords)
 
     def _called(self, name: str, prepared: dict[str, Any]) -> Call:
         """The call of `forward` or `generate` on inputs that are prepared."""
@@ -319,6 +336,11 @@ class LanguageModel(NNsight):
         return bool(getattr(getattr(self._module, "config", None), "is_encoder_decoder", False))
 
     @property
+    def _places_images(self) -> bool:
+        """Whether the model counts its positions itself: a token of an image has three (Qwen2-VL's `get_rope_index`)."""
+        return any(hasattr(each, "get_rope_index") for each in (self._module, getattr(self._module, "model", None)))
+
+    @property
     def _pad(self) -> int | None:
         """The id to pad with: any will do, since the mask hides it."""
         for name in ("pad_token_id", "eos_token_id"):
@@ -330,7 +352,12 @@ class LanguageModel(NNsight):
     @property
     def _inputs(self) -> Inputs:
         """How this model wants its inputs."""
-        return Inputs(self.tokenizer, self._side, self._pad, self._takes)
+        return Inputs(self.tokenizer, self._side, self._pad, self._takes, self._content[-1])
+
+    @property
+    def _content(self) -> tuple[str, ...]:
+        """The keywords that hold what the model is run on, tokens or whatever else it takes."""
+        return *CONTENT, str(getattr(self._module, "main_input_name", CONTENT[0]))
 
     def _on_device(self, prepared: dict[str, Any]) -> dict[str, Any]:
         """The keywords of the call, on the model's device."""
@@ -342,8 +369,9 @@ class LanguageModel(NNsight):
     def _positioned(self, prepared: dict[str, Any]) -> dict[str, Any]:
         """What a forward pass needs beside its input: the positions of a left-padded batch, a first decoder token."""
         mask, config = prepared.get("attention_mask"), getattr(self._module, "config", None)
-        content = next((prepared[name] for name in CONTENT if prepared.get(name) is not None), None)
+        content = next((prepared[name] for name in self._content if prepared.get(name) is not None), None)
         counts = self._side == "left" and "position_ids" in self._takes and prepared.get("past_key_values") is None
+        counts = counts and not self._places_images
         if counts and isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all()):
             prepared.setdefault("position_ids", positions(mask))
         given = any(prepared.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))

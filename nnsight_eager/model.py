@@ -17,6 +17,7 @@ import torch
 from .aliases import Aliases, Rename
 from .batching import Given, joined, with_shared
 from .cache import Cache, Positions
+from .compiled import tell, written, written_function
 from .constants import ablate, steer
 from .ears import Memory
 from .edits import Edit, EditBlock
@@ -49,7 +50,11 @@ class NNsight(Envoy):
                 f"`{type(self).__name__}(...)` was given `{type(module).__name__}`, which is not a `torch.nn.Module`.",
                 "Pass the module itself; `LanguageModel` also takes a model's name or folder.",
             )
+        given, module = module, written(module)
         super().__init__(module, "", Tree(module, Memory(Aliases(module, rename, type(self), Envoy))))
+        if module is not given:
+            self._tree.memory.told = True
+            tell("model")
         self._tree.model = weakref.ref(self)
 
     def trace(
@@ -223,12 +228,12 @@ class NNsight(Envoy):
             method = getattr(self._module, fn, None)
             if not callable(method):
                 raise InputError(self._unknown(fn), '`fn="..."` names a method of the model, or is a callable that runs it.')
-            return Call(fn, method, args, kwargs)
+            return Call(fn, written_function(method), args, kwargs)
         if not callable(fn):
             raise InputError(
                 f"`fn` was given {fn!r}.", '`fn="..."` names a method of the model, or is a callable that runs it.'
             )
-        return Call(getattr(fn, "__qualname__", type(fn).__qualname__), fn, args, kwargs)
+        return Call(getattr(fn, "__qualname__", type(fn).__qualname__), written_function(fn), args, kwargs)
 
 
 def _needs_none(call: Call) -> bool:

@@ -7,6 +7,7 @@ first_tensor(layer.output)    # the hidden states, however they are wrapped
 import contextlib
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -51,8 +52,13 @@ def items(value: Any) -> list[tuple[Any, Any]]:
 
 
 def is_cache(value: Any) -> bool:
-    """Whether `value` is a transformers key/value cache, or a layer of one."""
-    return hasattr(value, "__dict__") and any(each.__module__ == "transformers.cache_utils" for each in type(value).__mro__)
+    """Whether `value` is a transformers key/value cache, or a layer of one; some models have a class of their own."""
+    return hasattr(value, "__dict__") and any(map(_caches, type(value).__mro__))
+
+
+def _caches(each: type) -> bool:
+    own = each.__name__.endswith("Cache") and each.__module__.startswith("transformers.models.")
+    return own or each.__module__ == "transformers.cache_utils"
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -105,7 +111,11 @@ def with_items(value: Any, changes: dict[Any, Any]) -> Any:
         return type(value)({**value, **changes})  # type: ignore[call-arg]
     if is_struct(value):
         # A transformers `ModelOutput` is a dataclass and a dict at once; only `replace` keeps both in step.
-        return dataclasses.replace(value, **changes)
+        replaced = dataclasses.replace(value, **changes)
+        if isinstance(value, OrderedDict):  # by `output[0]` a model means the first that was set, not the first field
+            for key in filter(replaced.__contains__, value):
+                replaced.move_to_end(key)
+        return replaced
     if isinstance(value, (tuple, list)):
         changed = [changes.get(number, item) for number, item in enumerate(value)]
         return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
@@ -120,6 +130,17 @@ def mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         return function(value)
     done = {key: (item, mapped(item, function)) for key, item in items(value)}
     return with_items(value, {key: new for key, (old, new) in done.items() if new is not old})
+
+
+def copied(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`mapped`, with the lists, dicts and key/value caches in it copied too, which a model goes on to fill."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    done = {key: (item, copied(item, function)) for key, item in items(value)}
+    changes = {key: new for key, (old, new) in done.items() if new is not old}
+    if not changes and (type(value) in (list, dict) or is_cache(value)):
+        return copy.copy(value)
+    return with_items(value, changes)
 
 
 def narrow(value: Any, where: Where) -> Any:

@@ -116,12 +116,17 @@ def _called(call: Any) -> str:
 def _wrapped(wrapper: FunctionType) -> int | None:
     """Which cell of a decorator's wrapper holds the function it has wrapped and calls; `None` where it is no such wrapper."""
     original = getattr(wrapper, "__wrapped__", None)
-    if original is None or not wrapper.__closure__:
-        return None
-    for number, (name, cell) in enumerate(zip(wrapper.__code__.co_freevars, wrapper.__closure__, strict=True)):
-        if held(cell) is original and name in _called_names(wrapper):
+    for number, (name, cell) in enumerate(zip(wrapper.__code__.co_freevars, wrapper.__closure__ or (), strict=True)):
+        inner = held(cell)
+        is_wrapped = inner is original if original is not None else _divides(wrapper) and isinstance(inner, MethodType)
+        if is_wrapped and name in _called_names(wrapper):
             return number
     return None
+
+
+def _divides(wrapper: FunctionType) -> bool:
+    """Whether it is what transformers puts before a forward to divide a module; it does not say what it wraps."""
+    return wrapper.__module__.startswith("transformers.distributed.")
 
 
 def held(cell: CellType) -> Any:

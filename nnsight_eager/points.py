@@ -9,6 +9,7 @@ see what it has, and so runs the model (IPython 9.18).
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -177,6 +178,14 @@ class Points:
             )
         return edge_of(given, asked), asked
 
+    @property
+    def local(self) -> "LocalPoints":
+        """The same points with what this rank holds of their values, where several ranks run one model.
+
+        model.layers[0].mlp.up_proj.local.output        # [batch, seq, features / ranks]; `.output` is all of it
+        """
+        return LocalPoints(self)
+
     @at_the_users_line
     def skip(self, value: Any) -> None:
         """Leave out the module's forward and go on with `value` as its output: `layer.skip(layer.input)`."""
@@ -237,6 +246,81 @@ class Points:
             f"`{spelled(self._path, 'output')}` gives what it returned.",
             asked=spelled(self._path, "hidden"),
         )
+
+
+class LocalPoints:
+    """The points of one module, with this rank's part of their values: what `local` gives.
+
+    Read, they are what the model computes with on this rank, and what is put in their place is not divided. In one process
+    they are the points themselves.
+    """
+
+    def __init__(self, points: Points) -> None:
+        self._points = points
+
+    @property
+    def output(self) -> torch.Tensor:
+        """This rank's part of what the module returns."""
+        with self._at(OUTPUT):
+            return self._points.output
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        with self._at(OUTPUT):
+            self._points.output = value
+
+    @property
+    def input(self) -> torch.Tensor:
+        """This rank's part of the first argument."""
+        with self._at(INPUT):
+            return self._points.input
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        with self._at(INPUT):
+            self._points.input = value
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """This rank's part of all arguments, `(args, kwargs)`."""
+        with self._at(INPUT):
+            return self._points.inputs
+
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
+        with self._at(INPUT):
+            self._points.inputs = value
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """This rank's part of the first tensor of the output."""
+        with self._at(OUTPUT):
+            return self._points.hidden
+
+    @hidden.setter
+    def hidden(self, value: Any) -> None:
+        with self._at(OUTPUT):
+            self._points.hidden = value
+
+    @property
+    def pattern(self) -> torch.Tensor:
+        """The pattern of this rank's heads."""
+        with self._points._at_pattern()[0].local():
+            return self._points.pattern
+
+    @pattern.setter
+    def pattern(self, value: Any) -> None:
+        with self._points._at_pattern()[0].local():
+            self._points.pattern = value
+
+    def skip(self, value: Any) -> None:
+        """Leave out the module's forward and go on with `value` as this rank's part of its output."""
+        with self._at(INPUT):
+            self._points.skip(value)
+
+    def _at(self, kind: Kind) -> AbstractContextManager[None]:
+        """The visit, whose values are what this rank holds while it is asked here."""
+        return self._points._visit(kind).local()
 
 
 class AtNextVisit(Points):

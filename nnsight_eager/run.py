@@ -72,7 +72,7 @@ class Run:
         self._step_over = self._beyond = self.cut_short = False
         self._whole = True  # all of the call has been run, so that it tells what runs
         self._skipped: list[torch.nn.Module] = []
-        self._forward = forward = make(call.function, *call.args, **call.kwargs)
+        self._forward = forward = memory.forward(root, call.name, make)(call.function, *call.args, **call.kwargs)
         self._stack = forward.stack
         self._ears = Ears(root, call.name, forward, memory)
         try:
@@ -393,3 +393,5 @@ class Run:
             error.add_note(f"The model was running `{spelled(self.path_of(module))}`.")
         for each in self.changes:
             error.add_note(f"Edited before: {each}")
+        if self._forward.by_hand:
+            self.close()  # no block is left that would

@@ -37,6 +37,11 @@ class Scan(Trace):
     def __init__(self, tree: Tree, call: Call) -> None:
         """Nothing runs before the block is entered."""
         super().__init__(tree, "scan", call, None)
+        if tree.memory.look_between(tree.root, "scan") is not None:
+            raise InputError(
+                "A scan of a model that is divided among ranks would show this rank's shapes.",
+                "Scan it in one process, where the weights need not be loaded: `LanguageModel(name).scan(...)`.",
+            )
         if call.function is not tree.root:
             raise InputError("A scan runs the forward pass of the model only.", "Leave `fn` away.")
         self._real = call
@@ -46,9 +51,7 @@ class Scan(Trace):
         if any(isinstance(each, FakeTensor) for each in root.parameters()) or (self._run is not None and self._run.open):
             raise RunError("A scan of this model is open already.", "Leave its block before another is begun.")
         self._mode = mode = FakeTensorMode(allow_non_fake_inputs=True)
-        weights = {name: _fake(mode, each) for name, each in (*root.named_parameters(), *root.named_buffers())}
-        args, kwargs = mapped((self._real.args, self._real.kwargs), lambda tensor: _fake(mode, tensor))
-        self._call = Call("forward", torch.func.functional_call, (root, weights, args, kwargs), {})
+        self._call = fake_call(mode, root, self._real)
         mode.__enter__()
         try:
             super().__enter__()
@@ -61,9 +64,9 @@ class Scan(Trace):
         """A scan has one input."""
         raise InvokeError("A scan has one input, so it has no invokes.", "Scan a list: `with model.scan([one, other]):`.")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
-            return super().__exit__(kind, error, traceback)
+            return super().__exit__(kind, error, traceback)  # what is true leaves the block quietly
         finally:
             self._mode.__exit__(None, None, None)
             if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
@@ -134,6 +137,13 @@ def _shown(value: Any) -> str:
     """The tensors in a value, the first three of them in words; a key/value cache has others in each layer."""
     every = [described(each) for each in small_tensors(value)]
     return ", ".join(every[:3]) + (f", {len(every) - 3} more" if len(every) > 3 else "")
+
+
+def fake_call(mode: FakeTensorMode, root: torch.nn.Module, call: Call) -> Call:
+    """The forward pass that `call` is, on fake arguments and with fake weights."""
+    weights = {name: _fake(mode, each) for name, each in (*root.named_parameters(), *root.named_buffers())}
+    args, kwargs = mapped((call.args, call.kwargs), lambda tensor: _fake(mode, tensor))
+    return Call("forward", torch.func.functional_call, (root, weights, args, kwargs), {})
 
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from .batching import Factors, factors_in, is_routed
 from .bodies import Asker, Awaited, Body, Caller
 from .coroutine import current_stack, inside_forward
+from .current import enter_bodies
 from .ears import Memory
 from .errors import DeadlockError, RunEndedError
 from .lending import Lending, held
@@ -27,13 +28,15 @@ from .waiting import Waiting
 class Share:
     """What one body sees of a visit: its own rows."""
 
-    __slots__ = ("_body", "_path", "_run", "visit")
+    __slots__ = ("_body", "_path", "_run", "inputs_unchanged", "local", "visit")
 
     def __init__(self, visit: Visit, body: Asker, run: "SharedRun", path: str) -> None:
         self.visit = visit
         self._body = body
         self._run = run
         self._path = path
+        self.local = visit.local
+        self.inputs_unchanged = visit.inputs_unchanged
 
     @property
     def kind(self) -> Kind:
@@ -68,10 +71,6 @@ class Share:
         self._run.settle(self._body)
         self._run.put_together(self.visit)
 
-    def inputs_unchanged(self) -> bool:
-        """Whether the inputs still hold what the module received."""
-        return self.visit.inputs_unchanged()
-
     def part(self, whole: Any, kind: str) -> Any:
         """The body's rows of `whole`, a value of this visit."""
         return self._run.lend(self.visit, self._body, whole, self._path, kind)
@@ -92,10 +91,8 @@ class Stored(Protocol):
 class SharedRun(Run):
     """One model call in progress, and the bodies that read and edit it."""
 
-    __slots__ = (
-        "_arguments", "_arrived", "_caller", "_closing", "_left_early", "_lending", "_paused", "_running", "_stoppable",
-        "_waiting", "bodies",
-    )  # fmt: skip
+    __slots__ = ("_arguments", "_arrived", "_caller", "_closing", "_left_early", "_lending", "_paused", "_running",
+        "_stoppable", "_waiting", "bodies")  # fmt: skip
 
     def __init__(
         self,
@@ -107,7 +104,6 @@ class SharedRun(Run):
         make: Callable[..., Forward] = Forward,
     ) -> None:
         """Nothing runs yet, neither the model nor a body; `edits` go before the bodies."""
-        super().__init__(root, call, memory, make)
         self.bodies = [*(edit.body(self) for edit in edits), *bodies]
         for number, body in enumerate(self.bodies):
             body.number = number
@@ -118,9 +114,9 @@ class SharedRun(Run):
         self._waiting = Waiting()  # for the model
         self._arrived: list[Body] = []  # the model has come to what they waited for
         self._paused = [*self.bodies]  # for another body, or at their start
-        self._stoppable = len(bodies)
-        self._left_early = 0
+        self._stoppable, self._left_early = len(bodies), 0
         self._closing = False
+        super().__init__(root, call, memory, make)  # last: from here on there is something to be closed
 
     # Asking, on a body's stack
 
@@ -334,6 +330,7 @@ class SharedRun(Run):
         if body in self._paused:
             self._paused.remove(body)
         before, self._running = self._running, body
+        leave = enter_bodies(self)
         try:
             body.resume()
             if not (body.finished or body.wants_model):
@@ -345,6 +342,7 @@ class SharedRun(Run):
             self._left_early += 1
         finally:
             self._running = before
+            leave()
 
     def _advance(self) -> None:
         """Let the model go on until it comes to what some body waits for; an error is raised at that body's line."""

@@ -14,10 +14,11 @@ other call through. `Module.__call__` keeps its fast path, which a forward hook 
 module: each has a tap of its own there, one around the other, and any of them may leave first.
 """
 
+import contextlib
 import copy
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, MethodType
 from typing import Any, Final, TypeVar
 
@@ -25,11 +26,15 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from .coroutine import current_stack
+
 T = TypeVar("T", bound="Tap")
 
 ABSENT: Final = object()
 # Reentrant, since a collected run takes its taps out, and a collection can start in any line below.
 _lock: Final = threading.RLock()
+# What runs have put aside, which overlap on several threads: how many have, and the value. Empty where no run is open.
+_aside: Final[dict[tuple[int, str], tuple[int, Any]]] = {}
 global_forward_hooks: Final = torch_module._global_forward_hooks
 
 
@@ -55,8 +60,13 @@ class Tap:
 
     def pass_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the forward of the module this call is for, unheard; only a tap's `__call__` calls this."""
-        forward = self.__wrapped__
-        if self._original is ABSENT:
+        tap: Tap = self
+        here = current_stack()
+        # Not one calling the next: with some hundred runs open, as in tasks, that would be too deep for Python.
+        while isinstance(tap._original, Tap) and tap._original.stack is not here:
+            tap = tap._original
+        forward = tap.__wrapped__
+        if tap._original is ABSENT:
             called = _module_called(_torch_frame(sys._getframe(1)))
             # A shallow copy (a `DataParallel` replica) shares this very tap with the module it was copied from.
             if called is not None and called is not self.module and isinstance(called.__dict__.get("forward"), Tap):
@@ -72,13 +82,17 @@ class Tap:
         `__call__` reads the list of hooks when the forward has returned, so one that is added now still runs. It comes last,
         but before hooks that only record: those are to see an edit. Only a tap's `__call__` calls this.
         """
-        if not _called_with_hooks(self.module, sys._getframe(2)):
+        frame = _torch_frame(sys._getframe(2))
+        if _module_called(frame) is not self.module:  # a direct `.forward()` runs no hooks
             return False
+        call = id(frame)
         hooks = self.module._forward_hooks
         order = list(hooks)
         handle = RemovableHandle(hooks)
 
         def last_hook(module: torch.nn.Module, args: Any, value: Any) -> Any:
+            if id(_torch_frame(sys._getframe(1))) != call:
+                return None  # a hook of the user's, or another thread, has called the module meanwhile
             put_back()
             pending.remove(put_back)
             return take(value)
@@ -146,7 +160,9 @@ class Tap:
         return self.__wrapped__.__name__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
-        return _silent(copy.deepcopy(self.module, memo), *(copy.deepcopy(each, memo) for each in self._state()))
+        made = _silent(copy.deepcopy(self.module, memo), *(copy.deepcopy(each, memo) for each in self._state()))
+        memo[id(made)] = _Gone(made)  # what the copying keeps until it has ended
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _silent, (self.module, *self._state())
@@ -157,6 +173,18 @@ class Tap:
         while isinstance(original, Tap):
             original = original._original
         return () if original is ABSENT else (original,)
+
+
+class _Gone:
+    """Takes a silent tap out of its module when this goes."""
+
+    def __init__(self, tap: Tap) -> None:
+        self._tap = tap
+
+    def __del__(self) -> None:
+        with _lock:
+            if self._tap.own.get("forward") is self._tap:
+                self._tap._give_back(self._tap.own)
 
 
 def _silent(module: torch.nn.Module, *original: Any) -> Tap:
@@ -222,16 +250,43 @@ def take_down(taps: Iterable[Tap]) -> None:
                 tap._step_aside()
 
 
+@contextlib.contextmanager
+def with_a_hook(module: torch.nn.Module) -> Iterator[None]:
+    """While the block runs the module has a forward hook, which does nothing."""
+    handle = module.register_forward_hook(lambda *_: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def put_aside(module: torch.nn.Module, name: str) -> bool:
+    """Have an attribute of the module itself be `None` until it is put forth as often; whether it has such a one."""
+    own = module.__dict__
+    with _lock:
+        count, value = _aside.get((id(own), name), (0, own.get(name)))
+        if value is not None:
+            _aside[id(own), name] = count + 1, value
+            own[name] = None
+    return value is not None
+
+
+def put_forth(module: torch.nn.Module, name: str) -> None:
+    """Put back what was put aside, if nobody else has it aside."""
+    own = module.__dict__
+    with _lock:
+        count, value = _aside.pop((id(own), name))
+        if count > 1:
+            _aside[id(own), name] = count - 1, value
+        elif own.get(name) is None:
+            own[name] = value
+
+
 def exchange(module: torch.nn.Module, name: str, value: Any) -> Any:
     """Put `value` into an attribute of the module itself; what was there, which a second exchange puts back."""
     before = module.__dict__[name]
     module.__dict__[name] = value
     return before
-
-
-def _called_with_hooks(module: torch.nn.Module, frame: FrameType | None) -> bool:
-    """Whether this forward was called by `module.__call__`, which runs the hooks; a direct `.forward()` does not."""
-    return _module_called(_torch_frame(frame)) is module
 
 
 def _torch_frame(frame: FrameType | None) -> FrameType | None:

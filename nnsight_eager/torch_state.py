@@ -1,6 +1,6 @@
 """Save and restore the torch settings that are per thread but belong to a side.
 
-Grad mode, inference mode, autocast, the default device and the function- and dispatch-mode stacks are thread-local, so
+Grad mode, inference mode, autocast, the default device, the levels of `torch.func` and the mode stacks are thread-local, so
 without this what the body sets would reach the model across a switch, and the other way round. `Settings.take()` notes
 what is in force, `in_force()` tells cheaply whether that still holds, and `exchange` switches sides with the other side's
 settings in force and puts one's own back afterwards. Grad mode is set alone, since it alone differs often: `generate` runs
@@ -40,6 +40,7 @@ torch_function_state: Final[Callable[[], Any]] = _C._get_torch_function_state  #
 count_function_modes: Final = _C._len_torch_function_stack
 count_dispatch_modes: Final = _C._len_torch_dispatch_stack
 top_saved_tensor_hooks: Final[Callable[[bool], Any]] = _C._autograd._top_saved_tensors_default_hooks
+count_transforms: Final = _C._functorch.get_dynamic_layer_stack_depth
 set_grad_enabled: Final = _C._set_grad_enabled
 compiler_callback: Final = _C._dynamo.eval_frame.get_eval_frame_callback
 set_compiler_callback: Final = _C._dynamo.eval_frame.set_eval_frame
@@ -68,6 +69,7 @@ def is_plain() -> bool:
         and multithreading_enabled()
         and forward_ad_enabled()
         and compiler_callback() is None
+        and not count_transforms()
     )
 
 
@@ -78,6 +80,7 @@ class Settings:
         "autocast", "autocast_cache", "autocast_nesting", "autocast_on", "autocasting", "compiler", "cuda", "default_device",
         "dispatch_mode_count", "dispatch_modes", "forward_ad", "function_mode_count", "function_modes", "grad", "inference",
         "lift_cpu_only", "modeless", "multithreading", "plain", "saved_tensor_hooks", "top_hooks", "torch_function",
+        "transforms",
     )  # fmt: skip
 
     grad: bool
@@ -102,6 +105,7 @@ class Settings:
     torch_function: Any
     compiler: Any
     cuda: tuple[int, Any] | None
+    transforms: list[Any]
 
     @classmethod
     def take(cls) -> "Settings":
@@ -128,6 +132,8 @@ class Settings:
         self.torch_function = torch_function_state()
         self.compiler = compiler_callback()
         self.cuda = _cuda_place() if torch.cuda.is_initialized() else None
+        self.transforms = _popped_transforms()
+        _push_transforms(self.transforms)
         self.plain = self._is_plain()
         return self
 
@@ -144,6 +150,7 @@ class Settings:
             and self.top_hooks is None
             and self.compiler is None
             and self.cuda is None
+            and not self.transforms
         )
 
     def unchanged(self) -> bool:
@@ -173,6 +180,7 @@ class Settings:
             and self._same_autocast()
             and (self.modeless or self._same_modes())
             and (self.cuda is None or self.cuda == _cuda_place())
+            and not (self.transforms or count_transforms())  # two of the same kind cannot be told apart
         )
 
     def _same_autocast(self) -> bool:
@@ -212,6 +220,7 @@ class Settings:
             push_dispatch_mode(mode)
         for mode in self.function_modes:
             push_function_mode(mode)
+        _push_transforms(self.transforms)
 
     def _put_autocast(self) -> None:
         """Put the autocast flags, dtypes and nesting in force; casts cached by the other side are dropped."""
@@ -255,13 +264,28 @@ def reset(mine: Settings) -> None:
 
 
 def clear() -> None:
-    """Pop every mode and saved-tensor hook of this thread, innermost first."""
+    """Pop every transform, mode and saved-tensor hook of this thread, innermost first."""
+    _popped_transforms()
     while count_function_modes():
         pop_function_mode()
     while count_dispatch_modes():
         pop_dispatch_mode()
     while top_saved_tensor_hooks(True) is not None:
         _C._autograd._pop_saved_tensors_default_hooks()
+
+
+def _popped_transforms() -> list[Any]:
+    """The levels of `torch.func` (`vmap`, `grad`) that code runs in, outermost first; from here on it runs in none."""
+    levels: list[Any] = []
+    while count_transforms():
+        levels.insert(0, _C._functorch.pop_dynamic_layer_stack())
+    return levels
+
+
+def _push_transforms(levels: list[Any]) -> None:
+    """Have what follows run in these levels."""
+    for level in levels:
+        _C._functorch.push_dynamic_layer_stack(level)
 
 
 def _saved_tensor_hooks() -> list[Any]:

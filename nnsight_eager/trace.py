@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import CodeType, FunctionType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,7 @@ from .changes import user_frame
 from .compat import add_save_to_builtins
 from .coroutine import without_our_frames
 from .current import enter, leave, opening_frames
+from .distributed.first import OneOfRanks
 from .entering import enters_call_of, is_entered
 from .errors import InputError, InvokeError, RunEndedError, RunError, StepError
 from .invokes import Division, Invoke, InvokeInPlace, Invokes, outside_invokes
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from .interactive.held import HeldRun
 
 
-class Trace:
+class Trace(OneOfRanks):
     """One call of the model, begun by `with` and ended when the block is left, however it is left.
 
     `tracer.model` is the model's tree bound to this run, `tracer.result` what the call returns, `tracer.iter[...]` a loop over
@@ -50,8 +51,7 @@ class Trace:
 
         Without a `call` the trace has no input of its own and is divided into invokes; without a `division` it cannot be.
         """
-        self._tree = tree
-        self._name = name
+        self._tree, self._name = tree, name
         self._call = call
         self._division = division
         self._run: Run | None = None
@@ -72,6 +72,10 @@ class Trace:
         self._allow_blocks_of_backward(*(frame.f_code for frame in opening_frames(user_frame())))
         return self
 
+    def __del__(self) -> None:
+        if isinstance(run := getattr(self, "_run", None), SharedRun):
+            run.__del__()  # the stack that an edit is paused on holds it, so it is not collected by itself
+
     @at_the_users_line
     def start(self, keep: bool = True) -> "HeldRun":
         """Begin the run and hold it by hand: paused before the first module, it stays open across cells and prompt lines.
@@ -84,10 +88,10 @@ class Trace:
 
         return HeldRun.begun(self, keep)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         without_our_frames(traceback)  # the reader's own lines remain
         try:
-            return self._leave(error)
+            return self._leave(error)  # type: ignore[return-value]  # `bool`, and a checker would take names for unbound
         except BaseException as raised:
             raised.__traceback__ = without_our_frames(raised.__traceback__)
             raise
@@ -173,10 +177,8 @@ class Trace:
         given = Given(inputs, keywords) if inputs or keywords else None
         assert self._division is not None
         assert self._invokes is not None
-        if self._division.batched:
-            invoke: Any = Invoke(self._invokes, given, rows is None)
-        else:
-            invoke = InvokeInPlace(self, given)
+        together = self._division.batched
+        invoke: Any = Invoke(self._invokes, given, rows is None) if together else InvokeInPlace(self, given)
         if isinstance(function, FunctionType):
             self._allow_blocks_of_backward(function.__code__)
         return invoke if function is None else invoke(function)
@@ -225,10 +227,8 @@ class Trace:
         in a padded batch they count padding, so count from the end where it is on the left.
         In an invoke the cache keeps the invoke's rows. Raises `PathError` for a path that names no module.
         """
-        cache, keep = (
-            Cache(own=self._tree.memory.aliases.own),
-            Keep(device, dtype, detach, include_output, include_inputs, positions),
-        )
+        cache = Cache(own=self._tree.memory.aliases.own)
+        keep = Keep(device, dtype, detach, include_output, include_inputs, positions)
         chosen = Envoy(self._tree.root, "", self._tree)._chosen(modules)
 
         def watch(run: Run) -> None:
@@ -369,7 +369,7 @@ class Trace:
             raise StepError(f"`tracer.next({step})` would not go forward.", "A model runs its steps in order: `tracer.next()`.")
         run.to_step(run.step + step)
 
-    def stop(self) -> NoReturn:
+    def stop(self) -> None:  # not `NoReturn`: what is behind the block is reached
         """Close the forward pass and leave the block: nothing behind this point is computed."""
         run = self._opened()
         if not run.open:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .compiled import written
 from .coroutine import without_our_frames
 from .current import current
 from .ears import Memory
@@ -23,8 +24,8 @@ from .visits import Forward, Kind, Visit
 
 
 def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
-    """A module's children by name; a scripted module keeps them in a container of its own."""
-    own = module._modules
+    """A module's children by name; a scripted module keeps them in a container of its own, a compiled one in the module."""
+    own = written(module)._modules
     return own if isinstance(own, dict) else dict(own.items())
 
 

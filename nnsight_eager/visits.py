@@ -4,12 +4,13 @@ Everything here may lie on the model's stack while it is paused. So nothing here
 would otherwise keep itself alive.
 """
 
+import contextlib
 import sys
 import types
 from collections.abc import Callable
 from functools import cache
 from types import FrameType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -109,6 +110,16 @@ class Applied:
         return self._value
 
 
+class Between(Protocol):
+    """What stands between the model and whoever asks, where they do not see the same values: see `distributed`."""
+
+    def ear(self, kind: type["Visit"]) -> type["Visit"]:
+        """The ears to be used in the place of this kind."""
+
+    def forward(self, make: Callable[..., Forward]) -> Callable[..., Forward]:
+        """What makes the forwards, in the place of `make`."""
+
+
 class Visit(Tap):
     """One run's ear at one module, and the call in progress there: what it was called with, and what it has made.
 
@@ -116,7 +127,7 @@ class Visit(Tap):
     all runs, so that a read makes no object.
     """
 
-    __slots__ = ("args", "depth", "forward", "gave", "going_on", "kind", "kwargs", "skipped", "step", "stop_after",
+    __slots__ = ("args", "forward", "gave", "going_on", "kind", "kwargs", "outer", "skipped", "step", "stop_after",
         "stop_before", "times", "value", "versions", "watchers")  # fmt: skip
 
     forward: Forward | None  # whose ear this is, while it is put up
@@ -124,7 +135,7 @@ class Visit(Tap):
     times: int  # how often the module was called in that step
     stop_before: bool
     stop_after: bool
-    depth: int  # how many calls of the module are going on around the one that is heard: it may call itself
+    outer: list[tuple[Any, ...]]  # the calls of the module that are going on around the one that is heard: it may call itself
     going_on: bool  # a call is in progress, and what follows is of it
     kind: Kind
     args: tuple[Any, ...]
@@ -139,7 +150,7 @@ class Visit(Tap):
         """Refer to no run and to no call."""
         self.forward = self.value = self.gave = self.versions = self.args = self.kwargs = None  # type: ignore[assignment]
         self.going_on = self.stop_before = self.stop_after = self.skipped = False
-        self.step, self.times, self.depth = -1, 0, 0
+        self.step, self.times, self.outer = -1, 0, []
         self.watchers = ()
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -186,8 +197,8 @@ class Visit(Tap):
             self.stop_before = False
             self._pause(forward, (self.args, self.kwargs))
             self.versions = versions(self.args, self.kwargs)  # an edit at the input is what the module receives
-        for watcher in self.watchers:
-            watcher(self)
+        if self.watchers:
+            self.tell_watchers()
 
     def _leave(self, value: Any) -> Any:
         """The forward has returned, or was left out; what is returned here is what the caller gets."""
@@ -203,10 +214,14 @@ class Visit(Tap):
                 self.gave = value
         if self.watchers:
             self.kind, self.value = OUTPUT, value
-            for watcher in self.watchers:
-                watcher(self)
+            self.tell_watchers()
         self._forget(forward)
         return value
+
+    def tell_watchers(self) -> None:
+        """Have the watchers see the call."""
+        for watcher in self.watchers:
+            watcher(self)
 
     def _pause(self, forward: Forward, held: Any) -> None:
         """Pause here; what was changed in place meanwhile is refused where it would not reach the gradient."""
@@ -235,24 +250,25 @@ class Visit(Tap):
         self.going_on = self.skipped = False
         self.args = self.kwargs = self.value = self.versions = None  # type: ignore[assignment]
         if forward.order is not None:
-            forward.around.pop()
+            del forward.around[-1:]  # Ctrl-C may have come before it was put there
+        if self.outer:
+            self._outer_goes_on()
 
     def _inside_itself(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of a module whose forward is going on: a visit of its own, after which the outer one goes on."""
+        """A call of a module whose forward or hook is going on: a visit of its own, after which the outer one goes on."""
         forward = self.forward
-        outer = self.args, self.kwargs, self.versions, self.times
         # Who plainly asked for the output asked for the first visit's, which is the outer one.
         awaited = self.stop_after and forward is not None and forward.awaited
+        self.outer.append((self.args, self.kwargs, self.versions, self.times, awaited))
         self.stop_after = self.stop_after and not awaited
         self.going_on = False
-        self.depth += 1
-        try:
-            return self(*args, **kwargs)
-        finally:
-            self.depth -= 1
-            self.going_on, self.kind = True, INPUT
-            self.args, self.kwargs, self.versions, self.times = outer
-            self.stop_after = self.stop_after or awaited
+        return self(*args, **kwargs)
+
+    def _outer_goes_on(self) -> None:
+        """The inner call is over, its hooks included."""
+        self.args, self.kwargs, self.versions, self.times, awaited = self.outer.pop()
+        self.going_on, self.kind = True, INPUT
+        self.stop_after = self.stop_after or awaited
 
     @property
     def place(self) -> Place:
@@ -265,6 +281,10 @@ class Visit(Tap):
 
     def begin_change(self) -> None:
         """A new value is about to be built of the one that is here."""
+
+    def local(self) -> contextlib.AbstractContextManager[None]:
+        """Have values be what this process holds, where several hold one model: it is the only one here."""
+        return contextlib.nullcontext()
 
     def inputs_unchanged(self) -> bool:
         """Whether the inputs still hold what the module received, told by the tensors' version counters."""
@@ -286,8 +306,9 @@ class RootVisit(Visit):
         """A step's forward pass has ended; whoever still waits for a point in it is told before the next begins."""
         forward = self.forward
         assert forward is not None
+        inside_itself = bool(self.outer)
         value = Visit._leave(self, value)
-        if not self.depth:
+        if not inside_itself:
             if forward.awaited:
                 forward.pause(None)  # at no visit
             forward.step += 1

@@ -25,7 +25,7 @@ TORCHS = torch.Tensor.backward, vars(torch.Tensor).get("grad")
 @pytest.fixture(autouse=True)
 def nothing_outlives_the_test():
     yield
-    assert not ours._open
+    assert not ours._open.get()
     assert not patched()
 
 

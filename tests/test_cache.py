@@ -52,6 +52,27 @@ def test_what_is_kept_is_a_copy():
     assert torch.equal(model.cache(X4, modules="first")["first"].output, X4)
 
 
+def test_a_container_that_the_model_fills_later_is_kept_as_it_was(gpt2):
+    """A key/value cache is handed from layer to layer, and a layer's own part of it is empty before it has run."""
+
+    class Filling(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Identity()
+
+        def forward(self, x):
+            found, names = self.first((x, [], {}))[1:]
+            found.append(x)
+            names["x"] = x
+            return x
+
+    _, found, names = NNsight(Filling()).cache(X4, modules="first")["first"].output
+    assert (found, names) == ([], {})
+    kept = gpt2.cache("The", modules="transformer.h.0", include_inputs=True)["transformer.h.0"].inputs
+    (past,) = [each for each in (*kept[0], *kept[1].values()) if hasattr(each, "get_seq_length")]
+    assert past.get_seq_length(0) == past.get_seq_length(1) == 0
+
+
 def test_a_cache_may_begin_at_any_time_in_a_trace(model):
     with model.trace(X4) as tracer:
         model.h[1].lin.output

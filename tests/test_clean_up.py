@@ -146,6 +146,39 @@ def test_a_generator_that_is_dropped_inside_its_trace(model, x):
         del generator
 
 
+def test_a_trace_that_is_left_behind_while_a_stored_edit_waits_in_it(model, x):
+    events = []
+
+    def edit():
+        try:
+            _ = model[1].second.output
+        finally:
+            events.append("finally")
+
+    with as_before(model), model.edit(edit, inplace=True):
+        tracer = model.trace(x)
+        tracer.__enter__()
+        _ = model[0].output
+        assert events == []
+        del tracer
+        assert events == ["finally"]
+
+
+def test_what_was_waited_for_where_the_forward_failed_is_not_waited_for_by_the_next_run(model, x):
+    def fail():
+        raise ZeroDivisionError
+
+    with as_before(model):
+        model._module[0].between = fail
+        with pytest.raises(ZeroDivisionError), model.trace() as tracer:
+            tracer.invoke(x, lambda: model[0].first.output)
+            tracer.invoke(x, lambda: model[1].first.output)
+        model._module[0].between = None
+        with model.trace(x):
+            last = model[1].second.output
+        assert last.shape == (2, 3)
+
+
 def test_a_trace_in_a_cycle_that_the_collector_finds(model, x):
     with as_before(model):
         cycle = [model.trace(x)]

@@ -419,3 +419,27 @@ def test_a_function_that_would_never_run_is_refused_as_an_edit(model, kind):
     with pytest.raises(InvokeError) as caught:
         model.edit(function)
     assert str(caught.value).splitlines()[1] == "Give it a plain function that takes no arguments."
+
+
+def test_an_edit_belongs_to_the_run_that_replays_it_where_runs_are_held_and_forked():
+    model = NNsight(Stack())
+    module = model._module
+    want = module.head(module.h[2](module.h[1](X4) * 0 + 1))  # the first block is what the edit has it give: `X4`
+
+    def edit():
+        model.h[0].output = model.h[0].input
+
+    with model.edit(edit, inplace=True):
+        run = model.trace(X4).start()
+        run.to(model.h[1])
+        model.h[1].output = model.h[1].output * 0 + 1
+        other = run.fork()
+        assert torch.equal(other.model.head.output, want)
+        assert torch.equal(run.finish(), want)
+        assert torch.equal(other.finish(), want)
+        with model.trace(X4 * 3, keep=True) as tracer:
+            _ = model.h[1].output
+            forked = tracer.fork()
+            assert torch.equal(forked.model.h[2].input, module.h[1](X4 * 3))
+        assert torch.equal(tracer.result, module.head(module.h[2](module.h[1](X4 * 3))))
+        assert torch.equal(forked.finish(), tracer.result)

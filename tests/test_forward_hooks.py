@@ -37,6 +37,43 @@ def test_the_output_is_what_forward_hooks_leave_and_they_see_the_same_in_every_t
     assert entries(module) == before
 
 
+def test_a_module_that_a_hook_of_it_calls_again_is_read_at_its_own_call(module, x):
+    others = []
+
+    def call_again(each, args, value):
+        if not others:
+            others.append(None)
+            others.append(each(args[0] * 2))
+
+    module.child.register_forward_hook(call_again)
+    plain, model = module.child(x), NNsight(module)
+    for _ in range(2):
+        others.clear()
+        with model.trace(x):
+            seen = model.child.output
+        assert torch.equal(seen, plain)
+        assert torch.equal(others[1], module.child(x * 2))
+
+
+def test_a_trace_in_a_hook_is_read_at_its_own_call(module, x):
+    seen = []
+
+    def trace_again(each, args, value):
+        if not seen:
+            seen.append(None)
+            with model.trace(x * 2) as tracer:
+                seen.append(tracer.model.child.output)
+
+    module.child.register_forward_hook(trace_again)
+    model = NNsight(module)
+    for _ in range(2):
+        seen.clear()
+        with model.trace(x):
+            outer = model.child.output
+        assert torch.equal(outer, module.child(x))
+        assert torch.equal(seen[1], module.child(x * 2))
+
+
 def test_a_hook_added_while_the_forward_runs_comes_before_the_read(x):
     class Late(torch.nn.Linear):
         def forward(self, x):

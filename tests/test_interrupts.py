@@ -4,6 +4,7 @@ import contextlib
 import linecache
 import signal
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -67,12 +68,14 @@ def interrupted_at(line):
 
     def count(frame, event, argument):
         nonlocal line
-        if not frame.f_code.co_filename.startswith(OUR_FOLDER) or frame.f_code.co_name == "__del__":
-            return None  # what a `__del__` raises goes nowhere
+        if not frame.f_code.co_filename.startswith(OUR_FOLDER):
+            return None
         if event == "line":
             line -= 1
             # On leaving a `with` its line comes once more, before `__exit__`: a real Ctrl-C is never raised there.
             if line == 0 and linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip().startswith("with "):
+                line = 1
+            if line == 0 and is_called_by_a_finalizer(frame):
                 line = 1
             if line == 0:
                 interrupted.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
@@ -85,6 +88,13 @@ def interrupted_at(line):
         yield interrupted
     finally:
         sys.settrace(before)
+
+
+def is_called_by_a_finalizer(frame):
+    """Whether what is raised in this frame goes nowhere."""
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextlib.contextmanager
@@ -121,6 +131,25 @@ def test_ctrl_c_at_any_line_of_ours(x, ending):
     interrupt_everywhere(model, x, one_trace)
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this platform has no timers")
+@pytest.mark.parametrize("which", ["a first trace", "a model without gradients", "a stored edit"])
+def test_ctrl_c_at_any_line_of_ours_in(x, which):
+    def without_gradients(x):
+        with torch.no_grad():
+            return model._module(x)
+
+    def one_trace():
+        traced = NNsight(model._module) if which == "a first trace" else model
+        with traced.trace(x, fn=without_gradients if which == "a model without gradients" else None):
+            _ = traced[0].first.input
+            _ = traced[1].output
+
+    model = NNsight(torch.nn.Sequential(torch.nn.Sequential(OrderedDict(first=torch.nn.Linear(3, 3))), torch.nn.Tanh()))
+    if which == "a stored edit":
+        model.edit(lambda: model[0].first.output, inplace=True)
+    interrupt_everywhere(model, x, one_trace)
+
+
 def interrupt_everywhere(model, x, one_trace):
     """At each line of ours that `one_trace` runs, one after another."""
     with model.trace(x):
@@ -133,7 +162,7 @@ def interrupt_everywhere(model, x, one_trace):
             break
         assert everything(model) == before, interrupted
     assert line > 200
-    with as_before(model):
+    with as_before(model) if isinstance(model._module[0], Block) else contextlib.nullcontext():
         pass
 
 

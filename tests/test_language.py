@@ -5,6 +5,8 @@ import inspect
 
 import pytest
 import torch
+import transformers
+from small_models import hooked
 
 import nnsight_eager
 from nnsight_eager import LanguageModel
@@ -191,3 +193,64 @@ def test_gradients_flow_through_a_trace(gpt2):
     gpt2._module(**gpt2.tokenizer(PROMPT, return_tensors="pt")).logits[0, -1].logsumexp(-1).backward()
     handle.remove()
     assert torch.allclose(hidden.grad, kept[0].grad, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("named", "layer"),
+    [("AutoModelForSequenceClassification", "bert.encoder.layer.1"), ("BertForTokenClassification", "bert.encoder.layer.1"),
+     ("AutoModel", "encoder.layer.1")],
+)  # fmt: skip
+@pytest.mark.parametrize("by_name", [False, True])
+def test_any_model_class_can_be_named(folder, named, layer, by_name):
+    found = getattr(transformers, named)
+    model = LanguageModel(folder("bert"), automodel=named if by_name else found)
+    assert model[layer].attention.self.query.weight.is_meta
+    with model.trace(PROMPT) as tracer:
+        hidden = model[layer].hidden
+        model[layer].hidden = hidden * 0
+    encoded = model.tokenizer(PROMPT, return_tensors="pt")
+    module = found.from_pretrained(folder("bert"))
+    ((expected,),) = hooked(module, lambda: module(**encoded), layer)
+    assert type(model._module) is type(module)
+    assert torch.equal(hidden, first_tensor(expected))
+    assert type(tracer.result) is type(module(**encoded))
+
+
+def test_a_class_that_is_none_or_is_for_other_models_is_a_sentence(folder):
+    with pytest.raises(nnsight_eager.LoadError) as caught:
+        LanguageModel(folder("bert"), automodel="AutoModelForEverything")
+    assert str(caught.value).startswith("`automodel='AutoModelForEverything'` is no model class of transformers ")
+    for named in ("AutoModelForSeq2SeqLM", "GPT2LMHeadModel"):
+        with pytest.raises(nnsight_eager.LoadError, match="is a `bert` model, and the class is for others: "):
+            LanguageModel(folder("bert"), automodel=named)
+
+
+def test_a_model_runs_on_what_its_class_takes():
+    """Sounds and images are no tokens: a tensor is what the model's main keyword takes, and invokes are joined unpadded."""
+    torch.manual_seed(0)
+    sizes = {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
+    lengths = {"max_source_positions": 8, "num_mel_bins": 4, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 20}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    config = transformers.WhisperConfig(**sizes, **lengths, **special, suppress_tokens=None, begin_suppress_tokens=None)
+    model = LanguageModel(transformers.WhisperForConditionalGeneration(config).eval())
+    one, other = torch.randn(2, 1, 4, 16)
+    start = torch.tensor([[3]])
+    expected = model._module(input_features=one, decoder_input_ids=start).logits
+    for given in (model.trace(one), model.trace(input_features=one)):
+        with given:
+            logits = model.proj_out.output
+        assert torch.equal(logits, expected)
+    with model.trace() as tracer:
+        with tracer.invoke(input_features=other):
+            pass
+        with tracer.invoke(input_features=one):
+            logits = model.proj_out.output
+    assert torch.allclose(logits, expected, atol=1e-6)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(one, **options).result, model._module.generate(input_features=one, **options))

@@ -10,7 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from nnsight_eager import shapes
-from nnsight_eager.nested import first_tensor, items, narrow, splice, tensors, with_first_tensor
+from nnsight_eager.nested import copied, first_tensor, items, narrow, splice, tensors, with_first_tensor
 
 ONE, TWO = torch.zeros(1, 2), torch.zeros(3)
 Pair = collections.namedtuple("Pair", "left right")
@@ -51,6 +51,16 @@ def test_the_first_tensor_is_found_and_replaced_and_nothing_given_is_changed(val
 def test_a_model_output_keeps_its_attributes_and_items_in_step():
     replaced = with_first_tensor(BaseModelOutput(last_hidden_state=ONE), TWO)
     assert replaced.last_hidden_state is replaced["last_hidden_state"] is replaced[0] is TWO
+
+
+def test_a_model_output_keeps_the_order_of_its_items():
+    """A model may set its fields in any order, and then takes `output[0]` of them."""
+    output = BaseModelOutput(hidden_states=(ONE,))
+    output.last_hidden_state = TWO
+    replaced = with_first_tensor(output, ONE + 1)
+    assert list(replaced) == list(output) == ["hidden_states", "last_hidden_state"]
+    assert torch.equal(replaced[0][0], ONE + 1)
+    assert replaced[1] is TWO
 
 
 def test_shapes_keep_the_form_of_the_value():
@@ -273,3 +283,14 @@ def test_a_leaf_in_the_memory_of_rows_without_gradient_gets_its_gradient():
     part = narrow(whole, where).requires_grad_()
     (splice(whole, part, where) * 2).sum().backward()
     assert part.grad.tolist() == [[2, 2]]
+
+
+def test_a_cache_of_a_models_own_class_is_one():
+    from transformers.models.reformer.modeling_reformer import ReformerDynamicCache
+
+    past = ReformerDynamicCache()
+    past.states_cache.append(numbered(3, 2))
+    assert [each.shape for each in tensors(narrow(past, lambda _: slice(1, 2)))] == [(1, 2)]
+    kept = copied(past, torch.clone)
+    past.states_cache.append(numbered(3, 4))
+    assert [each.shape for each in tensors(kept)] == [(3, 2)]

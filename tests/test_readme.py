@@ -1,5 +1,6 @@
 """The README: its blocks run, and its commands are the ones that are checked."""
 
+import builtins
 import re
 import runpy
 from pathlib import Path
@@ -14,7 +15,10 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_every_block_runs(block, folder, tmp_path, monkeypatch, capsys):
     script = tmp_path / "block.py"
-    script.write_text(block.replace("openai-community/gpt2", str(folder("gpt2"))))
+    names = {"openai-community/gpt2": "gpt2", "meta-llama/Llama-3.1-8B": "llama", "llava-hf/llava-1.5-7b-hf": "llava"}
+    for name, kind in names.items():
+        block = block.replace(name, str(folder(kind))) if name in block else block
+    script.write_text(block)
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script))
 
@@ -28,5 +32,5 @@ def test_the_gate_is_the_command_of_the_readme():
 def test_the_readme_names_only_errors_that_exist():
     import nnsight_eager
 
-    for name in set(re.findall(r"`(\w+Error)`", README)) - {"SyntaxError", "ValueError", "WithBlockNotFoundError", "NameError"}:
+    for name in set(re.findall(r"`(\w+Error)`", README)) - {"WithBlockNotFoundError", *vars(builtins)}:
         assert hasattr(nnsight_eager, name), name

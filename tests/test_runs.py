@@ -204,7 +204,9 @@ def test_stop_leaves_the_block_and_computes_nothing_behind_it(model):
     assert is_as_before(model)
     with pytest.raises(RunEndedError) as caught:
         _ = tracer.result
-    assert str(caught.value) == ("This run was closed before its end, so it has no result.\nOpen a new trace to run the model.")
+    assert str(caught.value) == (
+        "This run was closed before its end, so it has no result.\nOpen a new trace to run the model again."
+    )
     with pytest.raises(RunEndedError):
         tracer.stop()
 

@@ -1,5 +1,6 @@
 """Several threads trace one model: each sees its own run and no other."""
 
+import contextlib
 import contextvars
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -180,3 +181,20 @@ def test_a_trace_nested_in_a_trace_on_many_threads(model):
             assert torch.equal(outer.result, net.head(changed + net.blocks[1](changed)))
 
     on_threads(work, 4)
+
+
+def test_many_open_runs_of_one_model_do_not_stand_in_each_others_way(model):
+    net, x = model._module, torch.randn(3, 4)
+    with contextlib.ExitStack() as traces:
+        opened = [traces.enter_context(model.trace(x + number)) for number in range(400)]
+        seen = [tracer.model.head.input for tracer in opened]
+        for number in (0, 200, 399):
+            assert torch.allclose(seen[number], by_hand_input(net, x + number))
+        assert torch.equal(net(x), by_hand(net, x, 1)[1])
+
+
+def by_hand_input(net, x):
+    """What the head is given."""
+    for block in net.blocks:
+        x = x + block(x)
+    return x

@@ -28,7 +28,7 @@ BY_REFERENCE: Final = (
 class Frozen(NamedTuple):
     """A value written down, with the tensors it had and how often each had been changed in place."""
 
-    form: bytes
+    form: bytes | None  # `None` where the value is the one tensor
     tensors: list[torch.Tensor]
     versions: list[int]
     others: list[Any]
@@ -39,6 +39,8 @@ class Frozen(NamedTuple):
 
     def thawed(self) -> Any:
         """The value, built anew."""
+        if self.form is None:
+            return _cloned(self.tensors[0])
         with torch.inference_mode(False):
             return _Thawing(self).load()
 
@@ -49,6 +51,9 @@ def frozen(value: Any) -> Frozen | None:
     `None` where that would not be the same: its tensors share memory with each other, are a module's own, or were made under
     inference mode, where torch keeps no record of changes; or it has an object that cannot be written down.
     """
+    if isinstance(value, torch.Tensor):  # what most modules give need not be written down
+        alone = not value.is_inference() and not (value.requires_grad and value.is_leaf)
+        return Frozen(None, [value], [value._version], []) if alone else None
     freezing = _Freezing()
     try:
         freezing.dump(value)
@@ -59,6 +64,12 @@ def frozen(value: Any) -> Frozen | None:
     if len(storages) < len(freezing.tensors) or any(each.is_leaf and each.requires_grad for each in freezing.tensors):
         return None
     return Frozen(freezing.written.getvalue(), freezing.tensors, versions, freezing.others)
+
+
+def _cloned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the gradient of what it is copied from, whatever mode is on where it is made."""
+    with torch.inference_mode(False), torch.set_grad_enabled(tensor.requires_grad):
+        return tensor.clone()
 
 
 def put_into(target: Any, source: Any) -> None:
@@ -100,7 +111,7 @@ class _Thawing(pickle.Unpickler):
     """Reads what `_Freezing` has written."""
 
     def __init__(self, kept: Frozen) -> None:
-        super().__init__(io.BytesIO(kept.form))
+        super().__init__(io.BytesIO(kept.form or b""))
         self._kept = kept
         self._cloned: dict[int, torch.Tensor] = {}
 
@@ -110,7 +121,5 @@ class _Thawing(pickle.Unpickler):
         if not is_tensor:
             return self._kept.others[number]
         if number not in self._cloned:
-            tensor = self._kept.tensors[number]
-            with torch.set_grad_enabled(tensor.requires_grad):
-                self._cloned[number] = tensor.clone()
+            self._cloned[number] = _cloned(self._kept.tensors[number])
         return self._cloned[number]

@@ -30,22 +30,13 @@ from ..trace import Trace
 from ..tracebacks import at_the_users_line
 from ..tree import Envoy
 from ..visits import FIRST, INPUT, NEXT, OUTPUT, Kind, Place, Visit, Which
-from .display import (
-    Edits,
-    Locals,
-    Where,
-    idle,
-    model_frame,
-    reached,
-    receipt,
-    shown_value,
-    stale,
-)
+from .display import Edits, Locals, Where, idle, model_frame, reached, receipt, shown_value, stale
 from .into import walk_into_code
-from .journal import HeldForward, random_numbers_as_they_are, value_at
+from .journal import HeldForward, value_at
 from .left_behind import close_and_say, say
 from .pointing import pointed_at
 from .predicates import Predicate
+from .random_numbers import random_numbers_as_they_are
 from .recording import Recording
 
 
@@ -98,7 +89,7 @@ class HeldRun(Shown, Trace):
     def __enter__(self) -> "HeldRun":
         return self
 
-    def __exit__(  # type: ignore[override]  # it lets every error pass
+    def __exit__(  # it lets every error pass
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
@@ -282,17 +273,17 @@ class HeldRun(Shown, Trace):
         return self._replay(first)
 
     @at_the_users_line
-    def fork(self) -> "HeldRun":
+    def fork(self, keep: bool = True) -> "HeldRun":
         """A second run paused at the same place, with the same changes; its tree is `other.model`.
 
-        other = run.fork()
+        other = run.fork()                   # `keep=False` for one that is only run to its end
         other.model.transformer.h[5].output *= 0
         run.finish(), other.finish()
         """
         at = self._going_on().at
         if at is None:
             raise RunError("The run is paused between two steps, where it cannot be forked.", "Go on with `run.step()`.")
-        return forked(self, self._recording, at)
+        return forked(self, self._recording, at, keep)
 
     def _replay(self, place: Place) -> "HeldRun":
         """Be paused at `place`, on a new forward pass."""
@@ -382,16 +373,16 @@ class HeldRun(Shown, Trace):
             yield Line(f"  {self._found}")
 
 
-def forked(trace: Trace, recording: Recording, at: Visit) -> HeldRun:
+def forked(trace: Trace, recording: Recording, at: Visit, keep: bool) -> HeldRun:
     """A run at the place where another is paused."""
     journal = recording.journal
     journal.settle()
-    again, come_next = recording.again(), journal.come_next()
+    again, come_next = recording.again(keep), journal.come_next()
     with random_numbers_as_they_are():
         run = again.follow(recording, partial(Trace._run_of, trace), at.place)
         changed = journal.changes.get(at.place.key)
         if changed is not None and run.at is not None:
-            again.change(run, run.at, changed)
+            again.change(run, run.at, changed, recording)
     again.journal.go_on_with(come_next)
     return HeldRun(trace, again, run)
 

@@ -8,41 +8,18 @@ Another forward pass is led to the same place by it: see `recording`.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from ..nested import described, first_tensor, mapped, small_tensors, tensors
 from ..visits import INPUT, OUTPUT, Forward, Kind, Place, Visit
 from .frozen import BY_REFERENCE, Frozen, frozen
+from .random_numbers import Random
 
 Key = tuple[int, Kind, int, int]
 """Tells a place: the identity of its module, before or behind its forward, the step and the visit in it."""
-
-
-class Random(NamedTuple):
-    """Where torch's random numbers are: of the processor and of each accelerator in use."""
-
-    states: list[torch.Tensor]
-
-    @classmethod
-    def now(cls) -> "Random":
-        """Where they are now."""
-        return cls([torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if _cuda_in_use() else ())])
-
-    def put(self) -> None:
-        """Have them go on from here."""
-        torch.set_rng_state(self.states[0])
-        if len(self.states) > 1:
-            torch.cuda.set_rng_state_all(self.states[1:])
-
-    def same(self, other: "Random | None") -> bool:
-        """Whether the same numbers come next."""
-        if other is None or len(self.states) != len(other.states):
-            return False
-        return all(map(torch.equal, self.states, other.states))
 
 
 class Kept(NamedTuple):
@@ -139,7 +116,11 @@ class Paused:
         versions = _versions(now)
         both = range(0 if rebuilt else len(now))
         replaced = frozenset(n for n in both if now[n] is not self._tensors[n])
-        in_place = frozenset(n for n in both if n not in replaced and versions[n] != self._versions[n])
+        copies = zip(small_tensors(value), self._copies, strict=False)
+        written = {id(each) for each, copy in copies if _is_rewritten(each, copy)}
+        in_place = frozenset(
+            n for n in both if n not in replaced and (versions[n] != self._versions[n] or id(now[n]) in written)
+        )
         if not (rebuilt or replaced or in_place):
             return None
         size = float("inf") if rebuilt else _size(self._copies, [*small_tensors(value)])
@@ -165,7 +146,8 @@ class Journal:
         self.random: Random | None = None  # where the random numbers were at the last pause
         self.first: Place | None = None
         self.paused: Paused | None = None
-        self.shapes: dict[int, str] = {}  # of what each module has given, as it is shown
+        self.led = False  # on the way to a place, where nobody looks meanwhile
+        self.forms: dict[int, tuple[torch.Size, torch.dtype]] = {}  # of what each module has given
         self.stale: dict[Key, Stale] = {}
         self._handed: dict[int, Handed] = {}
         self._out: list[tuple[Handed, torch.Tensor, list[int]]] = []
@@ -176,7 +158,7 @@ class Journal:
         Where the user has drawn or seeded, what that has left; it belongs to this run from now on.
         """
         now = Random.now()
-        come_next = self.random if self.random is not None and now.same(HeldForward.left_random) else now
+        come_next = self.random if self.random is not None and now.same(Random.left) else now
         self.go_on_with(come_next)
         return come_next
 
@@ -202,11 +184,12 @@ class Journal:
         step = at.step if at is not None else max((place.step for place in self.last.values()), default=0)
         states = {key: "ran" for (key, kind), place in self.last.items() if kind is OUTPUT and place.step == step}
         states |= {id(going.visit.module): "running" for going in self.going}
+        shapes = {key: form_of(*form) for key, form in self.forms.items()}
         if at is None:
-            return states, self.shapes
+            return states, shapes
         now = first_tensor(at.value) if at.kind is OUTPUT else None
         shape = {} if now is None else {id(at.module): described(now)}
-        return states | {id(at.module): "paused"}, self.shapes | shape
+        return states | {id(at.module): "paused"}, shapes | shape
 
     def settle(self) -> None:
         """Note what has been changed where the run is paused."""
@@ -218,6 +201,16 @@ class Journal:
         for (place, _), tensor, (version,) in self._out:
             if _versions([tensor]) != [version] and not self.paused.shares_memory_with(tensor):
                 self.stale[place.key] = Stale(place, described(tensor))
+
+    def lead(self, begun_with: Random) -> None:
+        """The run is led to a place from here on: what it stops at on the way is not what the user sees."""
+        self.led, self.begun_with = True, begun_with
+
+    def arrive(self, visit: Visit) -> None:
+        """The run has been led to where the user is."""
+        self.led = False
+        self.random = Random.left = Random.now()
+        self.pause_at(visit)
 
     def pause_at(self, visit: Visit) -> None:
         """The run is paused here; the model has gone on from what was read before."""
@@ -243,9 +236,10 @@ class Journal:
         if visit.kind is INPUT:
             self.going.append(Going(visit, place))
             return
-        tensor = first_tensor(visit.value)
+        value = visit.value
+        tensor = value if isinstance(value, torch.Tensor) else first_tensor(value)
         if tensor is not None:
-            self.shapes[id(visit.module)] = described(tensor)
+            self.forms[id(visit.module)] = tensor.shape, tensor.dtype
         going = self.going.pop()
         going.inside[id(visit.module)] = place
         if self.going:
@@ -278,7 +272,6 @@ class HeldForward(Forward):
 
     by_hand = True
     again = "`run.restart()` begins it again, `run.back_to(...)` goes back to a point."
-    left_random: Random | None = None  # where the random numbers were when a held run of any model last paused or ended
 
     def __init__(self, journal: Journal, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(function, *args, **kwargs)
@@ -287,10 +280,13 @@ class HeldForward(Forward):
 
     def resume(self) -> Any:
         """Go on until the next pause; before, note what was changed during this one."""
+        journal = self.journal
         if self._closing:
             return super().resume()
-        journal = self.journal
         journal.settle()
+        if journal.led:
+            self.left = journal.paused = None
+            return super().resume()
         journal.come_next().put()
         journal.go_on()
         paused, journal.paused = journal.paused, None
@@ -301,7 +297,7 @@ class HeldForward(Forward):
             journal.paused = None if self.finished else paused  # a refusal: it is where it was
             raise
         finally:
-            journal.random = HeldForward.left_random = Random.now()
+            journal.random = Random.left = Random.now()
         if visit is not None:
             journal.pause_at(visit)
             if journal.watch not in visit.watchers:  # a part of a module, asked for meanwhile
@@ -309,19 +305,9 @@ class HeldForward(Forward):
         return visit
 
 
-@contextmanager
-def random_numbers_as_they_are() -> Iterator[None]:
-    """Have the random numbers be afterwards what they are now, whatever held runs draw in this block."""
-    now, left = Random.now(), HeldForward.left_random
-    try:
-        yield
-    finally:
-        now.put()
-        HeldForward.left_random = left
-
-
-def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+def form_of(shape: torch.Size, dtype: torch.dtype) -> str:
+    """A shape and a type as `described` writes them of a tensor."""
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
 def value_at(visit: Visit) -> Any:
@@ -345,7 +331,15 @@ def _size(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    """Whether two tensors hold the same values; a NaN is what another is."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _is_rewritten(tensor: torch.Tensor, copy: torch.Tensor) -> bool:
+    """Whether a tensor was changed in place, where torch keeps no record of that."""
+    return tensor.is_inference() and not _equal(tensor, copy)
 
 
 def objects_of(visit: Visit) -> list[Any]:
@@ -354,12 +348,21 @@ def objects_of(visit: Visit) -> list[Any]:
     for value in todo:
         if isinstance(value, tuple):
             todo.extend(value)
-        elif value is not None and not isinstance(value, (torch.Tensor, bool, int, float, complex, str, bytes, *BY_REFERENCE)):
+        elif value is not None and not isinstance(value, WRITTEN_BY_NOBODY):
             found.append(value)
     return found
 
 
+WRITTEN_BY_NOBODY: Final = (torch.Tensor, bool, int, float, complex, str, bytes, *BY_REFERENCE)
+"""What no module can write into, or what is noticed otherwise."""
+
+
 def _aliased(value: Frozen, visit: Visit) -> bool:
     """Whether the output shares memory with an argument: what is done to one is done to the other."""
-    given = {each.untyped_storage()._cdata for each in tensors((visit.args, visit.kwargs))}
-    return any(each.untyped_storage()._cdata in given for each in value.tensors)
+    made = {each.untyped_storage()._cdata for each in value.tensors}
+    # Arguments that are tensors themselves, which is most of them, need not be looked for.
+    return any(
+        each.untyped_storage()._cdata in made
+        for argument in (*visit.args, *visit.kwargs.values())
+        for each in ((argument,) if isinstance(argument, torch.Tensor) else tensors(argument))
+    )

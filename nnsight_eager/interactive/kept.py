@@ -35,16 +35,18 @@ class KeptTrace(Trace):
         return self._recording.run(super()._run_of)
 
     @at_the_users_line
-    def fork(self) -> HeldRun:
+    def fork(self, keep: bool = True) -> HeldRun:
         """A second run, held by hand, paused at the same place with the same changes: `other.model` is its tree.
 
-        with model.trace("The Eiffel Tower is in", keep=True) as tracer:
-            model.transformer.h[5].output
-            other = tracer.fork()
-            other.model.transformer.h[5].output *= 0
-            ablated = other.finish().logits
+            with model.trace("The Eiffel Tower is in", keep=True) as tracer:
+                model.transformer.h[5].output
+                other = tracer.fork()
+                other.model.transformer.h[5].output *= 0
+                ablated = other.finish().logits
+
+        One that is only run to its end need not keep what its modules give: `tracer.fork(keep=False)`, as in a sweep.
         """
         at = self._opened().at
         if self._recording is None or at is None:
             raise RunError("The run is paused at no point, where it could be forked.", "Read a point first.")
-        return forked(self, self._recording, at)
+        return forked(self, self._recording, at, keep)

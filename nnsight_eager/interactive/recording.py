@@ -9,13 +9,14 @@ A coroutine cannot be copied, so this is a new forward pass with the same input,
 What had been completed is passed over with what it gave, where that cannot be seen: see `Recording._passed_over`.
 """
 
+import operator
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..changes import change
+from ..changes import Change
 from ..errors import RunError
 from ..inside import Part
 from ..nested import mapped, tensors
@@ -24,6 +25,7 @@ from ..run import Call, Run
 from ..visits import INPUT, OUTPUT, Forward, Place, Visit
 from .frozen import put_into
 from .journal import Changed, HeldForward, Journal, Kept, Key, objects_of, value_at
+from .random_numbers import Random
 
 Start = Callable[[Call, Callable[..., Forward]], Run]
 """Makes a run of a call, whose coroutine is made by the second argument."""
@@ -33,7 +35,7 @@ class Weights:
     """The state of every module as it was at the start: what a module's call depends on beside its arguments."""
 
     def __init__(self, root: torch.nn.Module) -> None:
-        self._at_start = {id(module): _state(module) for module in root.modules()}
+        self._at_start = [State.of(module) for module in root.modules()]
         # Copies, since some of torch's own functions change a buffer and do not count it as changed.
         self._buffers = [
             (module, name, buffer, buffer.clone())
@@ -45,9 +47,7 @@ class Weights:
     def changed(self) -> set[int]:
         """The modules, by identity, whose own state is not what it was, or that have hooks, which call other code."""
         changed = {id(module) for module, name, buffer, copy in self._buffers if not _holds(module, name, buffer, copy)}
-        for number, (module, state) in self._at_start.items():
-            if module._forward_hooks or module._forward_pre_hooks or not _same(_state(module)[1], state):
-                changed.add(number)
+        changed.update(id(state.module) for state in self._at_start if state.changed())
         return changed
 
     def restore_buffers(self) -> None:
@@ -70,11 +70,12 @@ class Recording:
         self._weights = Weights(root)
         self._keep = keep
         self.journal = Journal(keep and call.function is root)
+        self.written: list[Change] = []  # by assignment: where the user has written it
 
-    def again(self) -> "Recording":
-        """The same call, of which nothing has happened yet."""
+    def again(self, keep: bool = True) -> "Recording":
+        """The same call, of which nothing has happened yet; it keeps what this one does, or nothing."""
         again = object.__new__(Recording)
-        again.__dict__.update(vars(self), journal=Journal(self.journal.keep))
+        again.__dict__.update(vars(self), journal=Journal(keep and self.journal.keep), written=[])
         args, kwargs = mapped(self._given, torch.clone)
         again._call = self._call._replace(args=args, kwargs=kwargs)
         return again
@@ -82,7 +83,10 @@ class Recording:
     def run(self, start: Start) -> Run:
         """Begin the call; every module is listened to."""
         run = start(self._call, partial(HeldForward, self.journal))
-        for module in self._root.modules():
+        self.written = run.changes
+        # Siblings one after another, since what is around them is the same; a module may have several parents.
+        below = {id(module): module for above in self._root.modules() for module in above.children()}
+        for module in (self._root, *below.values()):
             run.watch(module, self.journal.watch)
         return run
 
@@ -93,16 +97,18 @@ class Recording:
         run = self.run(start)
         try:
             then = earlier.journal
-            if then.begun_with is not None:
-                then.begun_with.put()
+            begun_with = then.begun_with or Random.now()
+            begun_with.put()
+            self.journal.lead(begun_with)
             places = (place, *(each.place for each in then.changes.values()))
             for part in {each.module for each in places if isinstance(each.module, Part)}:
                 run.watch(part, self.journal.watch)
             kept = {key: each for key, each in then.all_kept().items() if _can_be_passed_over(each, place, changed, then)}
             while (visit := run.walk()) is not None:
                 if visit.place.key == place.key:
+                    self.journal.arrive(visit)
                     return run
-                self._pass(run, visit, then, kept)
+                self._pass(run, visit, earlier, kept)
         except BaseException:
             run.close()
             raise
@@ -112,38 +118,41 @@ class Recording:
             "It does not run as before: something it depends on, beside its input and torch's random numbers, has changed.",
         )
 
-    def _pass(self, run: Run, visit: Visit, then: Journal, kept: dict[Key, Kept]) -> None:
+    def _pass(self, run: Run, visit: Visit, earlier: "Recording", kept: dict[Key, Kept]) -> None:
         """Do at a place what was done there."""
-        key = visit.place.key
-        if key in kept and visit.kind is INPUT and self._passed_over(run, visit, kept[key], then):
+        key, then = visit.place.key, earlier.journal
+        if key in kept and visit.kind is INPUT and self._passed_over(run, visit, kept[key], earlier):
             return
         if key in then.changes:
-            self.change(run, visit, then.changes[key])
+            self.journal.pause_at(visit)
+            self.change(run, visit, then.changes[key], earlier)
         if key in then.drawn:
+            self.journal.drawn[key] = then.drawn[key]
             then.drawn[key].put()
 
-    def _passed_over(self, run: Run, visit: Visit, kept: Kept, earlier: Journal) -> bool:
+    def _passed_over(self, run: Run, visit: Visit, kept: Kept, earlier: "Recording") -> bool:
         """Leave out the module's call and go on with a copy of what it gave; not where somebody waits for a point in it."""
         if not run.pass_over(visit, kept.value.thawed(), kept.inside.values()):
             return False
         journal, objects = self.journal, objects_of(visit)
-        journal.paused = None  # not a change of the user's
         at = run.walk()
         assert at is visit
         journal.going[-1].inside.update(kept.inside)
-        journal.changes |= earlier.changes_in(kept)
-        journal.drawn |= {key: each for key, each in earlier.drawn.items() if kept.has(key)}
         for number, there in kept.inside.items():
-            if number in earlier.shapes:
-                journal.shapes[number] = earlier.shapes[number]
+            if number in earlier.journal.forms:
+                journal.forms[number] = earlier.journal.forms[number]
             journal.last |= {(number, INPUT): there._replace(kind=INPUT), (number, OUTPUT): there}
         for target, source in zip(objects, kept.objects.thawed() if kept.objects is not None else (), strict=True):
             put_into(target, source)
+        for key, changed in earlier.journal.changes_in(kept).items():
+            journal.changes[key] = changed  # it is in what the module gave, and has to be made should it be called once more
+            self._written_before(run, changed.place, earlier)
+        journal.drawn |= {key: each for key, each in earlier.journal.drawn.items() if kept.has(key)}
         kept.random.put()
         return True
 
-    def change(self, run: Run, visit: Visit, changed: Changed) -> None:
-        """Change a value as it was changed before."""
+    def change(self, run: Run, visit: Visit, changed: Changed, earlier: "Recording") -> None:
+        """Change a value as it was changed before, by the line that has done it."""
         value = mapped(changed.value, torch.clone)
         if changed.skipped:
             run.leave_out(visit, value)
@@ -156,7 +165,13 @@ class Recording:
                 now[number].copy_(new[number])
             numbers = iter(range(len(now)))
             self._put(visit, mapped(value_at(visit), lambda each: new[n] if (n := next(numbers)) in changed.replaced else each))
-        run.changes.append(change(spelled(run.path_of(visit.module), visit.kind), visit.step, changed.before, changed.after))
+        self._written_before(run, visit.place, earlier)
+
+    @staticmethod
+    def _written_before(run: Run, place: Place, earlier: "Recording") -> None:
+        """Note which lines have changed the value at a place, as `earlier` has noted it."""
+        points = [spelled(run.path_of(place.module), kind) for kind in (place.kind, "skip")]
+        run.changes += [each for each in earlier.written if each.point in points and each.step == place.step]
 
     @staticmethod
     def _put(visit: Visit, value: Any) -> None:
@@ -175,22 +190,40 @@ def _can_be_passed_over(kept: Kept, place: Place, changed: set[int], then: Journ
     """
     intact = kept.value.intact() and (kept.objects is None or kept.objects.intact())
     outwards = any(each.in_place and key != kept.left for key, each in then.changes_in(kept).items())
-    return intact and not outwards and not kept.has(place.key) and changed.isdisjoint(map(id, kept.entered.module.modules()))
+    same = not changed or changed.isdisjoint(map(id, kept.entered.module.modules()))
+    return intact and same and not outwards and not kept.has(place.key)
 
 
-def _state(module: torch.nn.Module) -> tuple[torch.nn.Module, list[Any]]:
-    """A module, and what its call depends on, as references; how often a parameter of its own was changed."""
-    own = vars(module)
-    state = [value for name, value in own.items() if name not in ("forward", "_parameters", "_buffers", "_modules")]
-    for value in own["_parameters"].values():
-        state += (value, None if value is None or value.is_inference() else value._version)
-    return module, [*state, *own["_buffers"].values(), *own["_modules"].values()]
+class State(NamedTuple):
+    """What a module's call depends on beside its arguments: its attributes, as references, and how often each was changed."""
 
+    module: torch.nn.Module
+    attributes: list[Any]
+    versions: list[int]
 
-def _same(state: list[Any], before: list[Any]) -> bool:
-    if len(state) != len(before):
-        return False
-    return all(one is other or (type(one) is int and one == other) for one, other in zip(state, before, strict=True))
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> "State":
+        """What it is now."""
+        own = vars(module)
+        attributes = [*own.values()]
+        if "forward" in own:  # a tap's
+            del attributes[[*own].index("forward")]
+        for within in ("_parameters", "_buffers", "_modules"):
+            attributes += own[within].values()
+        parameters = own["_parameters"].values()
+        versions = [0 if each is None or each.is_inference() else each._version for each in parameters]
+        return cls(module, attributes, versions)
+
+    def changed(self) -> bool:
+        """Whether it is another by now, or the module has hooks, which call other code."""
+        if self.module._forward_hooks or self.module._forward_pre_hooks:
+            return True
+        _, attributes, versions = State.of(self.module)
+        return (
+            versions != self.versions
+            or len(attributes) != len(self.attributes)
+            or not all(map(operator.is_, attributes, self.attributes))
+        )
 
 
 def _holds(module: torch.nn.Module, name: str, buffer: torch.Tensor, copy: torch.Tensor) -> bool:

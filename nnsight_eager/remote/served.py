@@ -21,7 +21,7 @@ from ..current import leave
 from ..edits import Edit
 from ..errors import RemoteError, RunEndedError
 from ..interactive.held import HeldRun
-from ..interactive.journal import Random
+from ..interactive.random_numbers import Random
 from ..model import NNsight
 from ..nested import first_tensor, tensors
 from ..run import Call, Run

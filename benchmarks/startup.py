@@ -1,0 +1,88 @@
+"""How long before the first value? The import, wrapping a model of 10,000 modules, and its first trace.
+
+python benchmarks/startup.py [--quick]
+
+An import is timed in a process of its own, in which torch has been imported already.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import torch
+from question import PEER, Asked, Case, answer
+from subjects import mlp, with_hooks
+from timing import Seconds, Way, Ways
+
+from nnsight_eager import NNsight
+
+if PEER == "nnsight":
+    import nnsight
+
+IMPORTED = ("nnsight_eager", "nnsight", "pyvene", "torchlens", "transformer_lens.model_bridge")
+
+
+def cases(asked: Asked) -> Iterator[Case]:
+    """What is measured."""
+    if not PEER:
+        names = [name for name in IMPORTED if find_spec(name.split(".")[0]) is not None]
+        names = names[: 2 if asked.quick else None]
+        ways = {"torch": importing("torch", "")} | {name.split(".")[0]: importing(name, "import torch") for name in names}
+        yield Case("Import, beside torch", ways, asked.rounds(10), twice=False, memory=False)
+    modules = 100 if asked.quick else 10_000
+    model, x = mlp(modules, 4), torch.randn(1, 4)
+    yield Case(f"Wrap a model of {modules:,} modules", wrapping(model), asked.rounds(20), twice=False, memory=False)
+    yield Case(
+        f"Wrap it and read one output in the first trace, {modules:,} modules",
+        first(model, x),
+        asked.rounds(5),
+        twice=False,
+        memory=False,
+    )
+
+
+def importing(name: str, before: str) -> Way:
+    """The import of a package in a new process."""
+    code = f"import sys, time; {before}\nbegan = time.perf_counter()\nimport {name}\nprint(time.perf_counter() - began)"
+
+    def way() -> Seconds:
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+        return Seconds(done.stdout.split()[-1])
+
+    return way
+
+
+def wrapping(model: torch.nn.Sequential) -> Ways:
+    """Making what a trace is opened on; the baseline goes over all modules once, as a tree has to."""
+    ways: Ways = {"bare": lambda: list(model.named_modules())}
+    if PEER:
+        return ways | {"nnsight": lambda: nnsight.NNsight(model)}
+    return ways | {"nnsight_eager": lambda: NNsight(model)}
+
+
+def first(model: torch.nn.Sequential, x: torch.Tensor) -> Ways:
+    """From the module to the first value."""
+    middle = len(model) // 2
+    ways: Ways = {"bare": lambda: model(x), "plain hooks": lambda: with_hooks([model[middle]], lambda: model(x))}
+    if PEER:
+
+        def theirs() -> torch.Tensor:
+            peer = nnsight.NNsight(model)
+            with peer.trace(x):
+                value = nnsight.save(peer[middle].output)
+            return value
+
+        return ways | {"nnsight": theirs}
+
+    def ours() -> torch.Tensor:
+        twin = NNsight(model)
+        with twin.trace(x):
+            value = twin[middle].output
+        return value
+
+    return ways | {"nnsight_eager": ours}
+
+
+if __name__ == "__main__":
+    answer(__doc__, cases, apart=("nnsight",))

@@ -1,0 +1,176 @@
+"""Models that torch compiles, scripts or fuses: what is asked for is seen, or refused; never silently unseen."""
+
+import warnings
+
+import pytest
+import torch
+from left_behind import everything
+
+from nnsight_eager import NNsight, NotReachedError
+
+NOTICE = "is compiled. In a trace it runs eagerly, as it is written; outside of one nothing changes."
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(8, 8)
+        self.block = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+
+    def forward(self, x):
+        return self.block(self.first(x).sin())
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 5, 8)
+
+
+COMPILED = {
+    "wrapped": lambda module: torch.compile(module, backend="eager"),
+    "in place": lambda module: module.compile(backend="eager"),
+    "a child in place": lambda module: module.block.compile(backend="eager"),
+    "a child wrapped": lambda module: setattr(module, "block", torch.compile(module.block, backend="eager")),
+    "a child's forward": lambda module: setattr(module.block, "forward", torch.compile(module.block.forward, backend="eager")),
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "when"),
+    [*((how, "before") for how in COMPILED), *((how, "after a trace") for how in COMPILED if "wrapped" not in how)],
+)
+def test_a_compiled_model_runs_eagerly_in_a_trace_and_says_so_once(x, how, when):
+    module, plain = Model(), Model()
+    model = NNsight(module) if when == "after a trace" else None
+    if model is not None:
+        model.trace(x).result
+    compiled = COMPILED[how](module)
+    callable_ = module if compiled is None else compiled
+    with torch.no_grad():
+        frames = torch._dynamo.utils.counters["frames"]
+        want = callable_(x)
+        with warnings.catch_warnings(record=True) as noticed:
+            warnings.simplefilter("always")
+            model = model or NNsight(callable_)
+            before, counted = everything(model), frames["total"]
+            for _ in range(3):
+                with model.trace(x) as tracer:
+                    inner = model.block[0].output
+                    model.block[0].output = inner * 0 - 1
+                    outer = model.block.output
+                assert torch.equal(inner, plain.block[0](plain.first(x).sin()))
+                assert not outer.any()
+                assert not tracer.result.any()
+        assert [str(each.message).split("`", 2)[2].strip() for each in noticed] == [NOTICE]
+        assert noticed[0].filename == __file__
+        assert frames["total"] == counted, "the compiler was at work in a trace"
+        assert everything(model) == before
+        assert torch.equal(callable_(x), want)
+        assert frames["total"] == counted, "what was compiled is compiled anew after a trace"
+
+
+def test_two_runs_that_overlap_leave_a_compiled_module_compiled(x):
+    module = Model()
+    module.compile(backend="eager")
+    call, model = module._compiled_call_impl, NNsight(module)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first, second = model.trace(x), model.trace(x * 2)
+        first.__enter__(), second.__enter__()
+        seen = first.model.block[0].output, second.model.block[0].output
+        first.__exit__(None, None, None)
+        assert module._compiled_call_impl is None
+        assert torch.equal(second.model.block.output, seen[1].relu())
+        second.__exit__(None, None, None)
+    assert module._compiled_call_impl is call
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_compiled_function_that_runs_the_model_is_run_as_it_is_written(x, inside):
+    module = Model()
+    model = NNsight(module)
+    function = torch.compile(lambda x: module(x) * 2, backend="eager")
+    with torch.no_grad():
+        want = module(x) * 2
+        with model.trace(x, fn=function) as tracer:
+            seen = model.block[0].output if inside else model.output
+    assert torch.equal(seen, module.block[0](module.first(x).sin()) if inside else want / 2)
+    assert torch.equal(tracer.result, want)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_inside_a_scripted_module_nothing_is_reached_and_that_is_said(x):
+    module = Model()
+    want = module(x)
+    module.block = torch.jit.trace(module.block, x)
+    model = NNsight(module)
+    for _ in range(2):
+        with pytest.raises(NotReachedError), model.trace(x):
+            model.block["0"].output
+        with model.trace(x):
+            assert torch.equal(model.block.output, want)
+
+
+class Attends(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_the_fast_path_of_attention_is_read_and_its_projection_which_is_never_called_is_not_reached(x):
+    module = Attends().eval()
+    model, calls = NNsight(module), []
+    module.attention.out_proj.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        want = module(x)
+        for _ in range(2):
+            with model.trace(x) as tracer:
+                assert torch.equal(model.attention.output[0], want)
+                model.attention.output = (want * 0, None)
+            assert not tracer.result.any()
+            with pytest.raises(NotReachedError), model.trace(x):
+                model.attention.out_proj.output
+    assert calls == [], "torch does not call it either: it takes the weights"
+
+
+def encoder():
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+@pytest.mark.parametrize("path", ["layers.0.linear1", "layers.1.self_attn", "layers.1.norm2", "layers.0", "layers.1.dropout"])
+def test_a_point_inside_the_fast_path_of_an_encoder_layer_is_what_a_hook_sees(x, path):
+    module, seen = encoder(), []
+    model = NNsight(module)
+
+    def zero(_, args, output):
+        seen.append(output)
+        return (output[0] * 0, None) if isinstance(output, tuple) else output * 0
+
+    with torch.no_grad():
+        plain = module(x)
+        handle = module.get_submodule(path).register_forward_hook(zero)
+        want = module(x)
+        handle.remove()
+        before = everything(model)
+        for _ in range(2):
+            with model.trace(x) as tracer:
+                output = model[path].output
+                model[path].output = (output[0] * 0, None) if isinstance(output, tuple) else output * 0
+            hidden, hooked = (each[0] if isinstance(each, tuple) else each for each in (output, seen[0]))
+            assert torch.allclose(hidden, hooked, atol=1e-6)
+            assert torch.allclose(tracer.result, want, atol=1e-6)
+            with model.trace(x) as tracer:
+                pass
+            assert torch.equal(tracer.result, plain), "where nobody waits inside, the fast path is taken"
+            with model.trace(x) as tracer:
+                cache = tracer.cache(path)
+            kept = cache[path].hidden
+            assert torch.allclose(kept, hooked, atol=1e-6)
+        assert everything(model) == before

@@ -1,0 +1,193 @@
+"""Runs that are held by hand: what is promised of them beside what the transcripts show."""
+
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import BEGIN, X4, Stack, run_python
+
+from nnsight_eager import NNsight, NotReachedError, OutOfOrderError, RunEndedError, WrongThreadError, has_nan
+
+
+class Dropping(torch.nn.Module):
+    """Draws random numbers inside and between its modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.drops = torch.nn.ModuleList(torch.nn.Dropout(0.5) for _ in range(4))
+
+    def forward(self, x):
+        for drop in self.drops:
+            x = torch.nn.functional.dropout(drop(x), 0.2, self.training) + torch.randn(x.shape)
+        return x
+
+
+@pytest.fixture
+def model():
+    return NNsight(Stack())
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_going_back_with_dropout_on_is_the_same_to_the_bit(keep):
+    model, x = NNsight(Dropping().train()), torch.ones(2, 50)
+    run = model.trace(x).start(keep=keep)
+    seen = [each.output.clone() for each in model.drops]
+    result = run.finish()
+    torch.randn(100)  # what is drawn meanwhile does not matter
+    for number in (3, 1, 0, 2):
+        run.back_to(model.drops[number])
+        for later, before in list(zip(model.drops, seen, strict=True))[number:]:
+            assert torch.equal(later.output, before)
+        assert torch.equal(run.finish(), result)
+    run.restart()
+    assert torch.equal(run.finish(), result)
+
+
+def test_an_edit_in_place_under_inference_mode_is_in_the_receipt_and_in_the_replay(model):
+    with torch.inference_mode():
+        run = model.trace(X4).start()
+        model.h[0].output.mul_(0)
+        run.to(model.h[2])
+        assert [each.point for each in run.edits] == ["model.h[0].output"]
+        run.back_to(model.h[1], "input")
+        assert not model.h[1].input.any()
+        other = run.fork()
+        assert torch.equal(run.finish(), other.finish())
+
+
+def test_what_was_changed_before_going_back_is_named_where_it_was_written(model):
+    run = model.trace(X4).start()
+    model.h[0].lin.output = torch.zeros(1, 4)  # the first
+    run.to(model.h[0])
+    run.back_to(model.h[0])
+    model.h[0].output = torch.ones(1, 3)  # the second
+    with pytest.raises(RuntimeError) as caught:
+        run.finish()
+    lines = Path(__file__).read_text().splitlines()
+    written = [next(n for n, line in enumerate(lines, 1) if line.endswith(f"# the {which}")) for which in ("first", "second")]
+    noted = [note for note in caught.value.__notes__ if note.startswith("Edited before")]
+    assert [f"line {line})" in note for note, line in zip(noted, written, strict=True)] == [True, True]
+    assert "forward" not in vars(model._module), "a run that has failed leaves nothing behind"
+
+
+def test_an_edit_in_a_module_that_is_passed_over_stays_in_the_receipt_and_is_made_when_the_module_is_called_again(model):
+    run = model.trace(X4).start()
+    model.h[0].lin.output = torch.zeros(1, 4)
+    run.to(model.h[1])
+    run.back_to(model.h[1])
+    assert [each.point for each in run.edits] == ["model.h[0].lin.output"]
+    run.back_to(model.h[0])
+    assert [each.point for each in run.edits] == ["model.h[0].lin.output"]
+    model.h[0].lin._module.register_forward_hook(lambda *_: None)  # so from now on it is called
+    run.back_to(model.h[0])
+    assert torch.equal(model.h[0].output, X4)
+    run.close()
+
+
+def test_an_order_error_comes_at_once_and_leaves_the_run_where_it_is(model):
+    come_by = []
+    model.head._module.register_forward_pre_hook(lambda *_: come_by.append("head"))
+    with model.trace(X4).start() as run:
+        run.to(model.h[1])
+        with pytest.raises(OutOfOrderError, match=r"Go back to it: `run\.back_to\(model\.h\[0\]\)`"):
+            model.h[0].output
+        with pytest.raises(NotReachedError, match="has not come by"):
+            run.back_to(model.h[2])
+        with pytest.raises(NotReachedError, match="holds modules"):
+            run.to(model.h)
+        assert repr(run).startswith("paused at model.h[1].output")
+        assert come_by == []
+
+
+def test_where_a_point_is_looked_for_in_vain_the_way_back_is_said(model):
+    run = model.trace(X4).start()
+    run.to(model.h[1], "input")
+    with pytest.raises(NotReachedError, match=r'`run\.back_to\(model\.h\[1\], "input"\)` goes back to where the run was'):
+        run.to(model.unused)
+    run.back_to(model.h[1], "input")
+    assert repr(run).startswith("paused at model.h[1].input")
+    run.close()
+
+
+def test_a_kind_that_is_put_together_at_run_time_is_the_same_kind(model):
+    with model.trace(X4).start() as run:
+        run.to("h.0", "".join(["in", "put"])).to("h.0", "".join(["out", "put"]))
+        assert repr(run).startswith("paused at model.h[0].output")
+
+
+def test_a_run_that_nothing_refers_to_is_closed_and_says_so(model):
+    run = model.trace(X4).start()
+    run.to(model.h[0])
+    with pytest.warns(UserWarning, match=r"paused at `model\.h\[0\]\.output`, has been closed: nothing refers to it") as told:
+        run = None
+    assert told[0].filename == __file__
+    assert not [each for each in model._module.modules() if "forward" in vars(each)]
+
+
+def test_a_run_that_is_replaced_is_closed_and_says_so_each_time(model):
+    run = model.trace(X4).start()
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("default")
+            other, run = run, model.trace(X4).start()
+        assert ["another was started" in str(each.message) for each in told] == [True]
+        with pytest.raises(RunEndedError):
+            other.step()
+    run.close()
+
+
+def test_another_thread_is_refused_and_may_take_over_once_the_run_is_closed(model):
+    run, told = model.trace(X4).start(), []
+
+    def use():
+        for call in (
+            run.step,
+            run.over,
+            run.out,
+            run.finish,
+            run.restart,
+            run.fork,
+            lambda: run.to("h.1"),
+            lambda: model.h[1].output,
+        ):
+            with pytest.raises(WrongThreadError) as caught:
+                call()
+            told.append("thread" in str(caught.value))
+
+    in_a_thread(use)
+    assert told == [True] * 8
+    run.close()
+    in_a_thread(lambda: told.append(run.restart().finish()))
+    assert torch.equal(told[-1], model(X4))
+
+
+def in_a_thread(work):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+def test_nothing_is_said_of_a_run_that_is_open_when_python_ends():
+    shown = run_python("-", stdin=BEGIN + "run = model.trace(x).start()\nother = run.fork()\nother.step(2)\nprint('the end')")
+    assert shown == "the end\n"
+
+
+def test_the_first_nan_is_found_at_the_module_that_made_it(model):
+    model.h[1].lin._module.register_forward_hook(lambda m, args, value: value / 0 * 0)
+    with model.trace(X4).start() as run:
+        assert "4 of its 4 values are NaN" in repr(run.until(has_nan))
+        assert repr(run).startswith("paused at model.h[1].lin.output")
+
+
+def test_a_traceback_begins_at_the_users_line(model):
+    run = model.trace(X4).start()
+    run.to(model.h[1])
+    asks = [lambda: run.to("h.0"), lambda: model.h[0].output, lambda: model.h[0].input, lambda: model.h[0].skip(X4), run.start]
+    for ask in asks:
+        with pytest.raises(Exception) as caught:
+            ask()
+        files = [entry.path for entry in caught.traceback]
+        assert {str(each) for each in files} == {__file__}, "no frame of the package"
+    run.close()
