@@ -57,7 +57,7 @@ class RemoteHeld(Shown, RemoteTrace):
     def __enter__(self) -> "RemoteHeld":
         return self
 
-    def __exit__(  # type: ignore[override]  # it lets every error pass
+    def __exit__(  # it lets every error pass
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
