@@ -25,7 +25,7 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import torch
-from timing import installed
+from report import installed
 
 import nnsight_eager
 from nnsight_eager.remote.cluster import CALLS_AT_ONCE, ray_module
