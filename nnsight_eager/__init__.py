@@ -37,9 +37,11 @@ from .errors import (
     PathError as PathError,
     PointError as PointError,
     RanksError as RanksError,
+    RemoteError as RemoteError,
     RowsError as RowsError,
     RunEndedError as RunEndedError,
     RunError as RunError,
+    ServerLostError as ServerLostError,
     ShardError as ShardError,
     SourceError as SourceError,
     StepError as StepError,
@@ -51,6 +53,8 @@ from .interactive.predicates import has_inf as has_inf, has_nan as has_nan, norm
 from .language import LanguageModel as LanguageModel
 from .model import NNsight as NNsight
 from .nested import shapes as shapes
+from .progress import report as report
+from .remote import connect as connect
 from .summaries import summary as summary
 from .trace import Trace as Trace
 from .tree import Envoy as Envoy

@@ -1,6 +1,7 @@
-"""The command line: a logit lens over every layer of a model.
+"""The command line: a logit lens over every layer of a model, and serving a model to others.
 
 python -m nnsight_eager "The Eiffel Tower is in the city of" --top 3
+python -m nnsight_eager serve openai-community/gpt2 --name gpt2
 """
 
 import argparse
@@ -13,8 +14,12 @@ from .errors import InputError, NnsightEagerError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table and answer with the exit status; what goes wrong is one sentence on standard error."""
-    options = parser().parse_args(arguments)
+    given = [*(sys.argv[1:] if arguments is None else arguments)]
+    serves = given[:1] == ["serve"] and len(given) > 1
+    options = None if serves else parser().parse_args(given)
     try:
+        if options is None:
+            return serve(given[1:])
         print_lens(options)
     except NnsightEagerError as error:
         print(f"nnsight_eager: {error}", file=sys.stderr)
@@ -28,6 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nnsight_eager: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """`python -m nnsight_eager serve --help` says what it takes."""
+    from .remote.command import serve
+
+    return serve([*arguments])
 
 
 def parser() -> argparse.ArgumentParser:

@@ -31,6 +31,7 @@ class Edit:
     def __init__(self, stored: list["Edit"]) -> None:
         """`stored` are the model's edits, to which it does not belong yet."""
         self.label = "edit"
+        self.is_block = False  # made of a `with` block, whose names are those of this process
         self.settings: tuple[Any, ...] = ()
         self._stored = stored
         self._program: Callable[[], Callable[[], Any]] = lambda: _nothing
@@ -105,7 +106,7 @@ class EditBlock(Captured):
         names = Names(block, frame, alone, "an edit")
         names.leave_frame()
         label = f"edit ({frame.f_code.co_filename}, line {block.code.co_firstlineno})"
-        self._edit.store(label, lambda: names.again().run)
+        self._edit.store(label, lambda: names.again().run).is_block = True
 
 
 def label_of(function: Callable[[], Any]) -> str:

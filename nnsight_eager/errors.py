@@ -28,6 +28,8 @@ NnsightEagerError
 ├── CacheError                a cache does not hold, or cannot keep, what is asked of it
 ├── ExtractError              activations cannot be extracted as is asked, or a folder does not hold them
 ├── LoadError                 a model cannot be loaded
+├── RemoteError               a model that runs elsewhere cannot do this, or cannot be reached
+│   └── ServerLostError       the actor that holds it has died
 └── InternalError             our bug: please report it
 
 None derives from `AttributeError`, which an envoy's attribute look-up would swallow.
@@ -160,6 +162,14 @@ class ExtractError(NnsightEagerError):
 
 class LoadError(NnsightEagerError):
     """A model or tokenizer cannot be loaded."""
+
+
+class RemoteError(NnsightEagerError):
+    """A model that runs elsewhere cannot do what is asked of it, or cannot be reached."""
+
+
+class ServerLostError(RemoteError):
+    """The actor that holds the model has died, and with it the runs that were there."""
 
 
 class InternalError(NnsightEagerError):

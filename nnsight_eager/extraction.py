@@ -34,6 +34,9 @@ from .visits import OUTPUT, Visit, Watcher
 Prepare = Callable[[list[Row]], dict[str, Any]]
 """The keywords of a forward pass on rows of ids, `input_ids` and `attention_mask` `[batch, seq]` among them."""
 
+Share = Callable[[Path, list[int], Mapping[str, Form], Callable[[int], None]], None]
+"""Has the shards of some numbers made in a folder."""
+
 SURVEYED: Final = 13
 """How many tokens tell what there is to store: a number that no model has heads or experts of."""
 
@@ -62,7 +65,7 @@ class Extraction:
     ) -> None:
         """Nothing runs yet; what can be refused before is refused here."""
         refuse_unusable(modules, options)
-        self._model = model
+        self.model = model
         self._prepare = prepare
         self._modules = modules
         self._rows = rows
@@ -71,8 +74,8 @@ class Extraction:
         self._batches = batched(self._lengths, options.batch_tokens)
         self._request = self._requested()
 
-    def write(self, folder: Path) -> None:
-        """Make what is missing in `folder`; nothing runs where all is there."""
+    def write(self, folder: Path, share: Share | None = None) -> None:
+        """Make what is missing in `folder`; nothing runs where all is there. With `share` others make it."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -84,12 +87,28 @@ class Extraction:
             missing = index.missing(folder)
             if not missing:
                 return
-            shards = self._shards(index.points)
             done = sum(self._lengths) - sum(map(index.tokens_in, missing))
             with progress("Extracting", sum(self._lengths), done, "tokens") as advance:
+                if share is not None:
+                    share(folder, missing, index.points, advance)
+                    return
                 for number in missing:
-                    with shard_at(shard_path(folder, number), _stored(index.points), index.tokens_in(number)) as shard:
-                        self._fill(shard, shards[number], index.points, advance)
+                    self.make(folder, number, index.points, advance)
+
+    def make(self, folder: Path, number: int, points: Mapping[str, Form], advance: Callable[[int], None]) -> None:
+        """Make one shard, which holds the same whoever makes it."""
+        batches = self._shards(points)[number]
+        tokens = sum(self._lengths[row] for batch in batches for row in batch)
+        with shard_at(shard_path(folder, number), _stored(points), tokens) as shard:
+            self._fill(shard, batches, points, advance)
+
+    def check_weights(self) -> None:
+        """Raise where the model's weights are not those that the request was made with."""
+        if _weights(self.model) != self._request["weights"]:
+            raise ExtractError(
+                "The weights that a worker has loaded are not those of the model here.",
+                "Save the model with `save_pretrained`, and load it from that folder; or leave `workers` away.",
+            )
 
     def _index_in(self, folder: Path) -> Index:
         """What the folder will hold, if that is what this extraction would put there."""
@@ -108,7 +127,7 @@ class Extraction:
             raise ExtractError(f"`{folder}` has shards and no `{INDEX}`.", "Give a new folder, or empty this one.")
         points = self._survey()
         shards = [[row for batch in shard for row in batch] for shard in self._shards(points)]
-        index = Index(type(self._model._module).__name__, self._request, points, self._lengths, shards)
+        index = Index(type(self.model._module).__name__, self._request, points, self._lengths, shards)
         _write(folder / INDEX, index.written().encode())
         return index
 
@@ -120,8 +139,8 @@ class Extraction:
             "dtype": str(self._options.dtype),
             "batch_tokens": self._options.batch_tokens,
             "shard_bytes": self._options.shard_bytes,
-            "weights": _digest([*map(_sampled, self._model._module.state_dict().items())]),
-            "edits": [[edit.label, _digest([*map(_plain, edit.settings)])] for edit in self._model._tree.edits],
+            "weights": _weights(self.model),
+            "edits": [[edit.label, _digest([*map(_plain, edit.settings)])] for edit in self.model._tree.edits],
         }
 
     def _shards(self, points: Mapping[str, Form]) -> list[list[Batch]]:
@@ -133,7 +152,7 @@ class Extraction:
         """What there is to store, in the order the model comes by it, from a whole forward pass on a few tokens."""
         seen: dict[str, list[torch.Tensor | None]] = {}
         keywords = self._prepare([self._rows[self._batches[0][0]][:SURVEYED]])
-        with torch.no_grad(), self._model.trace(**keywords) as tracer:
+        with torch.no_grad(), self.model.trace(**keywords) as tracer:
             for path, module in self._modules.items():
                 tracer.watch(module, _noted(seen, path))
         for path in self._modules:
@@ -168,9 +187,9 @@ class Extraction:
         keywords = self._prepare([self._rows[row] for row in batch])
         mask = keywords["attention_mask"].bool()
         values = {}
-        with torch.no_grad(), self._model.trace(**keywords) as tracer:
+        with torch.no_grad(), self.model.trace(**keywords) as tracer:
             for path, form in points.items():
-                hidden = (self._model[path] if path else self._model).hidden
+                hidden = (self.model[path] if path else self.model).hidden
                 if hidden.shape != (*mask.shape, *form.shape):
                     raise _not_by_token(path, hidden, mask.shape)
                 # Chosen by the mask it is a copy, which the model cannot change any more.
@@ -221,6 +240,11 @@ def _not_by_token(path: str, value: torch.Tensor | None, shape: Sequence[int]) -
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _weights(model: NNsight) -> str:
+    """Tells weights apart."""
+    return _digest([*map(_sampled, model._module.state_dict().items())])
 
 
 def _plain(setting: Any) -> Any:

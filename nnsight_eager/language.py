@@ -10,6 +10,7 @@ model.tokenizer.decode(tracer.result[0])
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,7 @@ from .aliases import Rename
 from .batching import Given, joined, with_shared
 from .dataset import Row, refuse_longer, token_rows
 from .errors import ExtractError, InputError, LoadError
-from .extraction import Extraction, Options
+from .extraction import Extraction, Options, Share
 from .inputs import Inputs, for_tokenizer
 from .invokes import Division
 from .loading import Source, source, tokenizer_for
@@ -107,7 +108,8 @@ class LanguageModel(NNsight):
         options = {name: value for name, value in named.items() if value is not None} | from_pretrained
         if trust_remote_code:
             options["trust_remote_code"] = True
-        self._source: Source | None = None
+        self._source: Source | None = None  # until it is loaded
+        self._origin: Source | None = None  # what it was loaded from, and is still the same as
         if isinstance(name_or_path_or_module, (str, PathLike)):
             name = fspath(name_or_path_or_module)
             self._source = source(name, options, automodel)
@@ -128,7 +130,7 @@ class LanguageModel(NNsight):
         """Load the weights, if that has not been done, and give the model."""
         if self._source is not None:
             self._point_at(self._source.load())
-            self._source = None
+            self._origin, self._source = self._source, None
         return self
 
     def load_adapter(self, name_or_path: str | PathLike[str], adapter_name: str | None = None, **options: Any) -> None:
@@ -150,6 +152,7 @@ class LanguageModel(NNsight):
                 "Give a folder that `save_pretrained` of a PEFT model has written; adapters need `pip install peft`.",
             ) from error
         self._tree.memory.orders.clear()  # other modules run now
+        self._origin = None
 
     def trace(
         self,
@@ -204,6 +207,7 @@ class LanguageModel(NNsight):
         column: str | None = None,
         max_length: int | None = None,
         shard_bytes: int = 2**28,
+        workers: int | None = None,
     ) -> Activations:
         """Run the model on a data set and keep the activations of all its tokens in a folder.
 
@@ -216,6 +220,9 @@ class LanguageModel(NNsight):
         the rows of a `datasets.Dataset` do. `points` are envoys or paths, `*` standing for any one name; stored is the first
         tensor of a module's output, `[batch, seq, ...]`. Texts of like length are padded to batches of at most `batch_tokens`,
         and the padding is not stored. The forward pass is stopped behind the last point.
+
+        With `workers` so many Ray workers make the shards, on this machine or on the cluster that this process is in, where all
+        have to see the folder; they load the model themselves where it was loaded by name. The folder is the same to the bit.
 
         Called again as it was after it was killed, it goes on, and the folder becomes the same to the bit; a folder that is
         finished is read. That the weights are the same is told by a few values of each. Texts longer than the model has
@@ -232,8 +239,17 @@ class LanguageModel(NNsight):
         refuse_longer(rows, getattr(getattr(self._module, "config", None), "max_position_embeddings", None))
         modules = self._chosen(() if points is None else points)
         options = Options(batch_tokens, dtype, shard_bytes)
-        Extraction(self, self._without_cache, modules, rows, options).write(Path(out))
+        extraction = Extraction(self, self._without_cache, modules, rows, options)
+        extraction.write(Path(out), None if workers is None else self._shared(extraction, workers))
         return Activations(out)
+
+    def _shared(self, extraction: Extraction, workers: int) -> Share:
+        """What has Ray workers make shards."""
+        if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+            raise ExtractError(f"`workers` was given {workers!r}.", "Give a whole number of at least 1.")
+        from .remote.workers import share
+
+        return partial(share, extraction, self._origin, count=workers)
 
     def _without_cache(self, rows: list[Row]) -> dict[str, Any]:
         """The keywords of a forward pass on rows of ids, which nothing goes on from."""
@@ -271,18 +287,20 @@ class LanguageModel(NNsight):
         prepared, sizes = together(each_prepared, self._side, self._pad)
         return Given((), prepared), sizes
 
+    def _new_trace(self, name: str, call: Call | None, division: Division | None) -> Trace:
+        return (Generation if name == "generate" else Trace)(self._tree, name, call, division)
+
     def _traced(self, name: str, inputs: tuple[Any, ...], keywords: dict[str, Any], batched: bool) -> Trace:
         """A trace of one call; where nothing says what to run on, that is left to invokes."""
-        begin = Generation if name == "generate" else Trace
         if inputs or any(keywords.get(content) is not None for content in self._content):
-            return begin(self._tree, name, self._called(name, self._prepare(inputs, keywords)), None)
+            return self._new_trace(name, self._called(name, self._prepare(inputs, keywords)), None)
 
         def together(given: Sequence[Given]) -> tuple[Call, list[int]]:
             tokenizing, others = for_tokenizer(keywords)
             batch, sizes = self.batch([Given(each.args, {**tokenizing, **each.kwargs}) for each in given])
             return self._called(name, with_shared(batch, others).kwargs), sizes
 
-        return begin(self._tree, name, None, Division(together, batched))
+        return self._new_trace(name, None, Division(together, batched))
 
     def _prepare(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> dict[str, Any]:
         """What a user has passed, as the keywords of a call."""

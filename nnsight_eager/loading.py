@@ -103,6 +103,12 @@ def automodel_for(config: Any) -> Any:
     return transformers.AutoModelForCausalLM if known is None else _Exactly(known)
 
 
+def skeleton(config: Any, **options: Any) -> torch.nn.Module:
+    """The module tree that a configuration describes, on the meta device."""
+    with torch.device("meta"):
+        return automodel_for(config).from_config(config, **options)  # type: ignore[no-any-return]
+
+
 def automodel_named(automodel: Any) -> Any:
     """A model class of transformers, automatic or not, itself or by its name, as an automatic one."""
     import transformers

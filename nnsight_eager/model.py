@@ -72,8 +72,12 @@ class NNsight(Envoy):
         forked: `other = tracer.fork()`. `model.trace(...).start()` holds the run by hand.
         """
         call = self._call(fn, args, kwargs)
-        trace = Trace(self._tree, call.name, call if args or _needs_none(call) else None, self._division(call, batched))
+        trace = self._new_trace(call.name, call if args or _needs_none(call) else None, self._division(call, batched))
         return self._kept(trace) if keep else trace
+
+    def _new_trace(self, name: str, call: Call | None, division: Division | None) -> Trace:
+        """A trace of one call, or of one that is divided into invokes."""
+        return Trace(self._tree, name, call, division)
 
     @staticmethod
     def _kept(trace: Trace) -> Trace:
@@ -189,6 +193,7 @@ class NNsight(Envoy):
         view._tree = Tree(self._module, self._tree.memory)
         view._tree.model = weakref.ref(view)
         view._tree.edits = [*self._tree.edits]
+        view._tree.forward = self._tree.forward
         return view
 
     def _notes(self) -> list[str]:

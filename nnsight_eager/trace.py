@@ -117,11 +117,11 @@ class Trace(OneOfRanks):
             backward_blocks.begin()
             self._blocks_of_backward = True
 
-    def _run_of(self, call: Call, make: Callable[..., Forward] = Forward) -> Run:
+    def _run_of(self, call: Call, make: Callable[..., Forward] | None = None) -> Run:
         """A run of the code of one block, with the model's stored edits."""
         if self._tree.edits:
-            return SharedRun(self._tree.root, call, self._tree.memory, (), self._tree.edits, make)
-        return Run(self._tree.root, call, self._tree.memory, make)
+            return SharedRun(self._tree.root, call, self._tree.memory, (), self._tree.edits, make or self._tree.forward)
+        return Run(self._tree.root, call, self._tree.memory, make or self._tree.forward)
 
     def _begin(self, run: Run) -> None:
         """Make `run` the one that points mean."""
@@ -296,7 +296,7 @@ class Trace(OneOfRanks):
                 own = next(rows) if invoke.given is not None else None
                 body.rows = None if invoke.all_rows else own
             invokes.open = False
-            run = SharedRun(self._tree.root, call, self._tree.memory, bodies, self._tree.edits)
+            run = SharedRun(self._tree.root, call, self._tree.memory, bodies, self._tree.edits, self._tree.forward)
             self._begin(run)
             for begin in invokes.at_begin:
                 begin(run)

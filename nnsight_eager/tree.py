@@ -20,7 +20,7 @@ from .paths import matching, near, spelled
 from .points import AtNextVisit, Points
 from .run import Run
 from .source import Source, source_of
-from .visits import Kind, Visit
+from .visits import Forward, Kind, Visit
 
 
 def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
@@ -32,13 +32,14 @@ def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
 class Tree:
     """What all envoys of one model share: its root, what its runs remember, and the run they are bound to, if any."""
 
-    __slots__ = ("bound_to", "edits", "held", "memory", "model", "root")
+    __slots__ = ("bound_to", "edits", "forward", "held", "memory", "model", "root")
 
     def __init__(self, root: torch.nn.Module, memory: Memory, bound_to: Run | None = None) -> None:
         self.root = root
         self.bound_to = bound_to
         self.memory = memory
         self.edits: list[Any] = []  # what every run begins with
+        self.forward: Callable[..., Forward] = Forward  # makes the coroutine of a run
         self.held: Callable[[], Any] = _nothing  # the run that was last held by hand, weakly
         self.model: Callable[[], Any] = _nothing  # the root envoy, weakly, since it holds its tree
 

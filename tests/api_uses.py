@@ -13,9 +13,11 @@ from nnsight_eager import (
     NNsight,
     OutOfOrderError,
     Trace,
+    connect,
     has_nan,
     norm_above,
     plot,
+    report,
     save,
     shape_is,
     shapes,
@@ -152,6 +154,26 @@ def held_by_hand(model: LanguageModel) -> list[str]:
     with model.trace("The Eiffel Tower", keep=True) as tracer:
         tracer.model.transformer.h[5].output
     return run.paths()
+
+
+def remotely(prompts: list[str]) -> float:
+    model = connect("llama", address="10.0.0.1:6379")
+    with model.trace(prompts, retries=1) as tracer:
+        hidden: torch.Tensor = model.model.layers[5].output
+        handle = model.model.layers[6].output_ref
+        model.model.layers[7].output = hidden * 0
+        cache: Cache = tracer.cache("model.layers.*", positions=-1)
+    print(handle.shape, handle[:, -1].get(), cache.keys(), tracer.result)
+    run = model.trace(prompts[0]).start().step(2).to(model.model.layers[5])
+    run.fork().finish()
+
+    def norm(served: LanguageModel, scale: float) -> float:
+        report(1, 2, "prompts")
+        return float(served.trace(prompts[0]).result.logits.norm()) * scale
+
+    future = model.submit(norm, scale=2.0)
+    print(future.progress.done, future.done(), model.status())
+    return future.result(timeout=10)  # type: ignore[no-any-return]
 
 
 def look_and_draw(model: LanguageModel, logits: torch.Tensor, pattern: torch.Tensor) -> None:

@@ -173,6 +173,7 @@ MAY_IMPORT = {
         "loading",
         "model",
         "padding",
+        "remote.workers",  # lazily, where they are wanted
         "run",
         "scan",
         "trace",
@@ -244,8 +245,131 @@ MAY_IMPORT = {
         "tracebacks",
         "visits",
     },
+    "remote.__init__": {"remote.model"},
+    "remote.addresses": {"attention", "calls", "errors", "visits"},
+    "remote.packing": {"errors", "nested"},
+    "remote.wire": {"remote.addresses", "remote.packing"},
+    # The server's side
+    "remote.turns": set(),
+    "remote.lanes": set(),
+    "remote.holding": {"nested", "run"},
+    "remote.pictures": {"interactive.display", "shown"},
+    "remote.served": {
+        "attention",
+        "cache",
+        "coroutine",
+        "current",
+        "edits",
+        "errors",
+        "interactive.held",
+        "interactive.random_numbers",
+        "model",
+        "nested",
+        "remote.addresses",
+        "remote.holding",
+        "remote.packing",
+        "remote.pictures",
+        "remote.wire",
+        "run",
+        "source",
+        "trace",
+        "visits",
+    },
+    "remote.sessions": {"errors", "model", "nested", "remote.holding", "remote.lanes", "remote.served"},
+    "remote.serving": {
+        "errors",
+        "interactive.held",
+        "language",
+        "progress",
+        "remote.addresses",
+        "remote.holding",
+        "remote.lanes",
+        "remote.packing",
+        "remote.served",
+        "remote.sessions",
+        "remote.turns",
+        "remote.wire",
+        "visits",
+    },
+    "remote.cluster": {"errors"},
+    "remote.command": {"errors", "remote.cluster", "remote.serving", "remote.sessions"},
+    "remote.workers": {
+        "activations",
+        "errors",
+        "extraction",
+        "loading",
+        "remote.addresses",
+        "remote.cluster",
+        "remote.packing",
+        "remote.served",
+    },
+    # The client's
+    "remote.line": {"errors", "remote.cluster", "remote.wire"},
+    "remote.visits": {"nested", "remote.addresses", "remote.packing", "remote.wire", "visits"},
+    "remote.refs": {"remote.line", "remote.packing"},
+    "remote.jobs": {"remote.line", "remote.packing"},
+    "remote.runs": {
+        "changes",
+        "errors",
+        "inside",
+        "paths",
+        "remote.addresses",
+        "remote.line",
+        "remote.packing",
+        "remote.refs",
+        "remote.visits",
+        "remote.wire",
+        "run",
+        "visits",
+    },
+    "remote.traces": {
+        "cache",
+        "errors",
+        "invokes",
+        "remote.held",
+        "remote.packing",
+        "remote.runs",
+        "run",
+        "trace",
+        "tree",
+    },
+    "remote.held": {
+        "compat",
+        "current",
+        "errors",
+        "outline",
+        "paths",
+        "remote.pictures",
+        "remote.runs",
+        "remote.traces",
+        "shown",
+        "tracebacks",
+        "tree",
+        "visits",
+    },
+    "remote.extracting": {"activations", "errors", "progress", "remote.jobs"},
+    "remote.model": {
+        "errors",
+        "invokes",
+        "language",
+        "loading",
+        "remote.addresses",
+        "remote.cluster",
+        "remote.extracting",
+        "remote.jobs",
+        "remote.line",
+        "remote.packing",
+        "remote.refs",
+        "remote.runs",
+        "remote.traces",
+        "remote.wire",
+        "run",
+        "trace",
+        "tree",
+        "visits",
+    },
     "demo": {"errors"},
-    "__main__": {"demo", "errors", "language", "lens"},
+    "__main__": {"demo", "errors", "language", "lens", "remote.command"},
 }
 
 
@@ -300,6 +424,14 @@ def test_one_module_imports_greenlet():
     assert {name for name, tree in modules().items() if "greenlet" in imported(tree)} == {"coroutine"}
 
 
+def test_one_module_joins_a_cluster():
+    assert {name for name, text in sources().items() if "        import ray\n" in text} == {"remote.cluster"}
+    assert {name for name, text in sources().items() if "from ray import cloudpickle" in text} == {
+        "remote.jobs",
+        "remote.packing",
+    }
+
+
 def test_one_module_changes_a_torch_module():
     """Only `taps` writes a `forward` or registers a hook."""
     changes = ('own["forward"]', '"forward", tap', "register_forward", "register_full")
@@ -312,8 +444,7 @@ def test_modules_stay_readable():
 
 
 def test_importing_the_package_imports_neither_ipython_nor_transformers():
-    code = (
-        "import sys, nnsight_eager; print([m for m in ('IPython', 'transformers', 'accelerate', 'rich') if m in sys.modules])"
-    )
+    names = ("IPython", "transformers", "accelerate", "rich", "ray")
+    code = f"import sys, nnsight_eager; print([name for name in {names} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"

@@ -30,7 +30,7 @@ class KeptTrace(Trace):
         super().__init__(trace._tree, trace._name, trace._call, None)
         self._recording: Recording | None = None
 
-    def _run_of(self, call: Call, make: Callable[..., Forward] = Forward) -> Run:
+    def _run_of(self, call: Call, make: Callable[..., Forward] | None = None) -> Run:
         self._recording = Recording(self._tree.root, call, keep=True)
         return self._recording.run(super()._run_of)
 

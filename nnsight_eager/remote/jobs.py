@@ -1,0 +1,95 @@
+"""A function that runs next to the model, and what is known of it here.
+
+future = model.submit(function, prompts)         # on the server `function(model, prompts)` is called; its trace is local
+future.progress                                  # (3, 10, "prompts"), where the function says `report(3, 10, "prompts")`
+future.result(timeout=60)
+"""
+
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from .line import Line
+from .packing import Packed, unpacked
+
+
+class Progress(NamedTuple):
+    """How far a function has come."""
+
+    done: int
+    total: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.done:,} of {self.total:,} {self.what}".rstrip()
+
+
+class Future:
+    """What will come of a function that was submitted."""
+
+    def __init__(self, line: Line, sent: Packed, name: str) -> None:
+        """Have the function run; those of one client run one after another."""
+        self._line = line
+        self._sent = sent
+        self._name = name
+        self._last = Progress(0, 0, "")
+        self._submit()
+
+    def _submit(self) -> None:
+        self._job = self._line.number()
+        self._reference = self._line.submit(self._job, self._sent)
+
+    def result(self, timeout: float | None = None) -> Any:
+        """What the function returns, with what it raises raised here; `TimeoutError` where that takes longer, in seconds."""
+        how, value = self._line.await_function(self._reference, timeout)
+        if how == "unknown":  # the server was started anew before the function came there
+            self._line.forget_session()
+            self._submit()
+            return self.result(timeout)
+        value = self._line.came_of(how, value, self._name)
+        return unpacked(value)
+
+    def done(self) -> bool:
+        """Whether the function has ended."""
+        return self._line.is_done(self._reference)
+
+    @property
+    def progress(self) -> Progress:
+        """How far the function has come, as it says itself."""
+        if not self.done():
+            found = Progress(*self._line.control("progress", self._line.session.session, self._job))
+            self._last = found if found.total else self._last
+        return self._last
+
+    def cancel(self) -> None:
+        """Have the function end when it next lets the model go on or says how far it has come; `result` then raises."""
+        self._line.control("cancel", self._line.session.session, self._job)
+
+    def __repr__(self) -> str:
+        return f"<{self._name} on {self._line.name}: {'done' if self.done() else self.progress}>"
+
+
+@contextmanager
+def by_value(function: Any) -> Iterator[None]:
+    """Have what is pickled in this block take the function's own module along, where the server cannot import it."""
+    from ray import cloudpickle
+
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    if module is None or module.__name__ == "__main__" or _is_installed(module):
+        yield
+        return
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+
+
+def _is_installed(module: ModuleType) -> bool:
+    """Whether a module belongs to Python, to an installed package or to this one."""
+    file = getattr(module, "__file__", None)
+    ours = module.__name__.split(".")[0] == __name__.split(".")[0]
+    return file is None or ours or "site-packages" in file or file.startswith(sysconfig.get_paths()["stdlib"])

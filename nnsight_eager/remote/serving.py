@@ -1,0 +1,348 @@
+"""The server: an actor that holds a model, and the runs of all who are connected.
+
+    server = Server(folder, "llama", options, Limits())
+    opened = server.open("alice@laptop")
+    server.go(opened.session, Message(run=1, begin=..., verb="ask", ...))      # an `Answer`
+
+It is a plain class; `cluster.place` makes it an actor, whose methods Ray calls on threads of its own. Runs are independent
+coroutines, each on its lane, and take turns at computing.
+"""
+
+import contextlib
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Final
+
+import torch
+
+from ..errors import RemoteError, RunEndedError
+from ..interactive.held import HeldRun
+from ..language import LanguageModel
+from ..progress import listening
+from ..visits import Forward
+from .addresses import Paths
+from .holding import weights_of
+from .lanes import Lanes
+from .packing import Packed, form_of, packed, unpacked
+from .served import ServedRun, device_of, store, told
+from .sessions import Limits, Seat, Session, Sessions
+from .turns import Turns
+from .wire import VERSION, Answer, At, Description, Message, Opened, plain
+
+_job: ContextVar[int | None] = ContextVar("nnsight_eager_job", default=None)
+"""The submitted function that this runs in."""
+
+NOWHERE: Final = At(None, "", 0, False, 0, False, True)
+
+
+class QueuedForward(Forward):
+    """A model call of a submitted function: it computes in turns, a turn from one pause to the next."""
+
+    __slots__ = ("_turn",)
+
+    def __init__(self, turn: Callable[[], Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(function, *args, **kwargs)
+        self._turn = turn
+
+    def resume(self) -> Any:
+        """Go on until the next pause, when it is this owner's turn."""
+        with self._turn():
+            return super().resume()
+
+
+class Server:
+    """A model, and who is connected to it."""
+
+    def __init__(self, name_or_folder: str, name: str, options: dict[str, Any], limits: Limits) -> None:
+        """Load the model; `options` are those of `LanguageModel`."""
+        self.name = name
+        self._model = model = LanguageModel(name_or_folder, dispatch=True, **options)
+        self._rename = options.get("rename")
+        self._paths = Paths(model._module)
+        self._weights = weights_of(model._module)
+        self._turns = Turns()
+        self._lanes = Lanes()
+        self._sessions = Sessions(limits, self._view, self._close)
+        self._life = uuid.uuid4().hex
+        self._progress: dict[tuple[int, int], tuple[int, int, str]] = {}
+        threading.Thread(target=self._watch, name="nnsight_eager watch", daemon=True).start()
+
+    # Clients
+
+    def describe(self) -> Description:
+        """What a client builds its tree from."""
+        module = self._model._module
+        config, generation = getattr(module, "config", None), getattr(module, "generation_config", None)
+        dtype = str(getattr(module, "dtype", "")).removeprefix("torch.")
+        return Description(VERSION, self.name, config, self._model.tokenizer, generation, dtype, self._rename)
+
+    def open(self, owner: str) -> Opened:
+        """Let a client in."""
+        session = self._sessions.open(owner)
+        return Opened(session.number, self._life, self._sessions.limits.silence / 4)
+
+    def beat(self, session: int, forget: list[tuple[str, int]]) -> bool:
+        """A sign of life, and what the client has no use for any more; `False` where it is not known."""
+        try:
+            found = self._sessions[session]
+        except KeyError:
+            return False
+        for kind, number in forget:
+            if kind == "ref":
+                found.refs.pop(number, None)
+            else:
+                self._close(found, number, "was closed by its client")
+        return True
+
+    def leave(self, session: int) -> None:
+        """The client goes, and what it has here goes with it."""
+        self._sessions.end(session)
+
+    def status(self) -> dict[str, Any]:
+        """Who is connected, what runs are paused where, and how long each client has waited for its turns, in seconds."""
+        clients = []
+        for session in self._sessions.all():
+            session.look(self._weights)
+            waits = sorted(self._turns.waits(_queued(session)))
+            clients.append(
+                {
+                    "owner": session.owner,
+                    "runs": {
+                        number: {"at": repr(seat.run._trace), "bytes": seat.bytes, "idle": time.monotonic() - seat.touched}
+                        for number, seat in [*session.seats.items()]
+                        if not seat.ended
+                    },
+                    "handles": len(session.refs),
+                    "bytes": session.nbytes(self._weights),
+                    "turns": len(waits),
+                    "median wait": waits[len(waits) // 2] if waits else 0.0,
+                    "longest wait": waits[-1] if waits else 0.0,
+                }
+            )
+        return {"name": self.name, "pid": os.getpid(), "life": self._life, "clients": clients}
+
+    # Runs
+
+    def go(self, session: int, sent: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Take a run as far as a message says; `None` where the client is not known, after a restart."""
+        try:
+            found = self._sessions[session]
+        except KeyError:
+            return None
+        return plain(self._gone(found, Message(*sent)))
+
+    def _gone(self, found: Session, message: Message) -> Answer:
+        """What came of a message."""
+        try:
+            seat = self._seat(found, message)
+        except Exception as error:
+            return Answer(NOWHERE, None, told(error))
+        seat.busy = True
+        try:
+            answer: Answer = seat.do(self._in_turn, found, seat, message)
+        finally:
+            seat.busy, seat.touched = False, time.monotonic()
+        if message.verb == "finish" and answer.error is None and not seat.run.by_hand:
+            self._leave_lane(seat)
+        if answer.error is not None and answer.at.finished and not seat.run.by_hand:
+            self._close(found, message.run, "has ended: its forward pass has failed")
+        if isinstance(answer.value, HeldRun):
+            return answer._replace(value=self._forked(found, seat, answer.value, message))
+        if self._sessions.limits.memory is not None and not answer.at.finished:
+            return self._within_memory(found, message.run, answer, self._sessions.limits.memory)
+        return answer
+
+    def _seat(self, session: Session, message: Message) -> Seat:
+        """The run that a message is for, which it may begin."""
+        if message.begin is None:
+            return session.seat(message.run)
+        if self._sessions.limits.memory is not None:
+            self._refuse_more(session, self._sessions.limits.memory)
+        lane = self._lanes.take()
+        try:
+            run = lane.do(ServedRun, session.model, message.begin, partial(session.lookup, session.model), self._paths)
+        except BaseException:
+            self._lanes.give(lane)
+            raise
+        lane.runs = 1
+        session.seats[message.run] = seat = Seat(run, lane)
+        return seat
+
+    def _in_turn(self, session: Session, seat: Seat, message: Message) -> Answer:
+        """On the lane: do what the message says when it is the client's turn."""
+        with self._turns.of(_queued(session)):
+            answer = seat.run.do(message)
+        if message.verb == "value" and answer.error is None:
+            number = session.keep(answer.value)
+            answer = answer._replace(value=(number, form_of(answer.value)))
+        if self._sessions.limits.memory is not None:
+            seat.bytes = seat.run.nbytes(self._weights)
+        return answer
+
+    def _forked(self, session: Session, seat: Seat, held: HeldRun, message: Message) -> At:
+        """Seat a fork on the lane of the run it was forked from."""
+        fork, lane = ServedRun.of(seat.run, held), seat.lane
+        assert lane is not None
+        lane.runs += 1
+        (number,) = message.args
+        session.seats[number] = Seat(fork, lane)
+        return lane.do(fork.at)  # type: ignore[no-any-return]
+
+    def _close(self, session: Session, number: int, why: str) -> None:
+        """End a run, on its lane, behind what it is doing."""
+        seat = session.seats.pop(number, None)
+        if seat is None:
+            return
+        session.ended[number] = why
+        with contextlib.suppress(Exception):  # what the model's own `finally` blocks raise has no reader
+            seat.do(seat.run.close)
+        self._leave_lane(seat)
+
+    def _leave_lane(self, seat: Seat) -> None:
+        """The run does not live on its lane any more."""
+        lane, seat.lane = seat.lane, None
+        if lane is not None:
+            lane.runs -= 1
+            if not lane.runs:
+                self._lanes.give(lane)
+
+    def close(self, session: int, run: int) -> None:
+        """End a run that its client is done with."""
+        with contextlib.suppress(KeyError):  # the client is gone, and its runs with it
+            self._close(self._sessions[session], run, "has ended")
+
+    def _refuse_more(self, session: Session, limit: int) -> None:
+        held = session.nbytes(self._weights)
+        if held > limit:
+            raise RemoteError(
+                f"{len(session.seats)} runs and {len(session.refs)} handles of this client hold {_megabytes(held)} there; its "
+                f"limit is {_megabytes(limit)}.",
+                "Let some of them go: leave their blocks, `run.close()`, `del` handles.",
+            )
+
+    def _within_memory(self, session: Session, run: int, answer: Answer, limit: int) -> Answer:
+        """The answer, or where the client now holds more than it may, an error: the run is closed."""
+        held = session.nbytes(self._weights)
+        if held <= limit:
+            return answer
+        self._close(session, run, "was closed: its client held more memory than it may")
+        error = RunEndedError(
+            f"Run {run} was closed: with it this client held {_megabytes(held)} on the server, more than its limit of "
+            f"{_megabytes(limit)}.",
+            "Run a shorter prompt or a smaller batch, or reduce next to the model: `model.submit(function)`.",
+        )
+        return Answer(NOWHERE, None, error)
+
+    # Functions and handles
+
+    def run_function(self, session: int, job: int, sent: Packed) -> tuple[str, Any]:
+        """Run a function next to the model: "returned" and what, "raised" and what, or "unknown" for the client."""
+        try:
+            found = self._sessions[session]
+        except KeyError:
+            return "unknown", None
+        token = _job.set(job)
+        try:
+            with listening(partial(self._note, found, job)), found.in_order:
+                model = found.model._view()
+                function, args, kwargs, edits = unpacked(
+                    sent, device=device_of(model._module), there=partial(found.lookup, model)
+                )
+                store(model, edits)
+                return "returned", packed(function(model, *args, **kwargs))
+        except Exception as error:
+            return "raised", told(error)
+        finally:
+            _job.reset(token)
+            self._progress.pop((session, job), None)
+
+    def progress(self, session: int, job: int) -> tuple[int, int, str]:
+        """How far a function has come: done, of how much, of what."""
+        return self._progress.get((session, job), (0, 0, ""))
+
+    def cancel(self, session: int, job: int) -> None:
+        """Have a function end when it next lets the model go on, or says how far it has come."""
+        self._sessions[session].cancelled.add(job)
+
+    def _note(self, session: Session, job: int, done: int, total: int, what: str) -> None:
+        self._refuse_cancelled(session)
+        self._progress[session.number, job] = done, total, what
+
+    def _turn(self, session: Session) -> Any:
+        """A turn of this client, unless it is gone or has cancelled what asks."""
+        self._refuse_cancelled(session)
+        return self._turns.of(_queued(session))
+
+    @staticmethod
+    def _refuse_cancelled(session: Session) -> None:
+        if not session.open:
+            raise RunEndedError("The client that has submitted this function has given no sign of life.")
+        if _job.get() in session.cancelled:
+            raise RunEndedError("The function was cancelled by its client.")
+
+    def call(self, session: int, path: str, sent: Packed) -> tuple[str, Any]:
+        """Apply a module to values, beside every run."""
+        return self._answered(session, lambda found: packed(self._applied(found, path, sent)))
+
+    def _applied(self, session: Session, path: str, sent: Packed) -> Any:
+        args, kwargs = unpacked(sent, device=device_of(self._model._module), there=partial(session.lookup, session.model))
+        with self._turn(session), torch.no_grad():
+            return self._paths.module(path)(*args, **kwargs)
+
+    def handled(self, session: int, number: int, operation: str, sent: Packed | None) -> tuple[str, Any]:
+        """Do something with what a client has a handle of; a tensor that comes of it stays here, under a number of its own."""
+        return self._answered(session, lambda found: self._handled(found, number, operation, sent))
+
+    def _handled(self, session: Session, number: int, operation: str, sent: Packed | None) -> Any:
+        tensor = session.kept(number)
+        if sent is None:
+            return packed(tensor)
+        args, kwargs = unpacked(sent, device=tensor.device, there=partial(session.lookup, session.model))
+        with self._turn(session), torch.no_grad():
+            function = args[0] if operation == "apply" else getattr(torch.Tensor, operation)
+            value = function(tensor, *args[operation == "apply" :], **kwargs)
+        if not isinstance(value, torch.Tensor) or not value.dim():
+            return packed(value)
+        if operation == "__getitem__":
+            value = value.clone()  # a view would keep all of it
+        return session.keep(value), form_of(value)
+
+    def _answered(self, session: int, do: Callable[[Session], Any]) -> tuple[str, Any]:
+        """What came of doing something for a client."""
+        try:
+            found = self._sessions[session]
+        except KeyError:
+            return "unknown", None
+        try:
+            return "returned", do(found)
+        except Exception as error:
+            return "raised", told(error)
+
+    # Inside
+
+    def _view(self, session: Session) -> LanguageModel:
+        """The model as one client has it: with edits of its own, and computing in its turns."""
+        view = self._model._view()
+        view._tree.forward = partial(QueuedForward, partial(self._turn, session))
+        return view  # type: ignore[return-value]
+
+    def _watch(self) -> None:
+        """Close what nobody will ask for any more."""
+        every = min(self._sessions.limits.silence, self._sessions.limits.idle) / 4
+        while True:
+            time.sleep(every)
+            self._sessions.close_silent()
+
+
+def _queued(session: Session) -> str:
+    """The name under which a client queues."""
+    return f"{session.owner}#{session.number}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,177 @@
+"""Who is connected, and what they have here: runs, handles, and when they were last heard of.
+
+sessions = Sessions(limits, open)
+session = sessions.open("alice@laptop")
+session.heard()
+sessions.close_silent()           # those who have given no sign of life for too long, and runs nobody has touched
+"""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import RemoteError, RunEndedError
+from ..model import NNsight
+from ..nested import described
+from .holding import nbytes
+from .lanes import Lane
+from .served import ServedRun
+
+
+class Limits(NamedTuple):
+    """What a client may have: seconds, and bytes."""
+
+    silence: float = 15.0
+    """A client that gives no sign of life for so long is taken for dead."""
+    idle: float = 1800.0
+    """A run that nobody has touched for so long is closed."""
+    memory: int | None = None
+    """What the runs, caches and handles of one client may hold."""
+
+
+class Seat:
+    """A run, the lane it lives on, and when it was last touched."""
+
+    def __init__(self, run: ServedRun, lane: Lane) -> None:
+        self.run = run
+        self.lane: Lane | None = lane
+        """Nothing once the run has ended: what it has left can be read on any thread."""
+        self.touched = time.monotonic()
+        self.busy = False
+        self.bytes = 0
+        """What it held when it was last looked at, which is done on its lane."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has ended, and only its result and its caches are there."""
+        return self.lane is None
+
+    def do(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call `function` where the run lives."""
+        return function(*args) if self.lane is None else self.lane.do(function, *args)
+
+
+class Session:
+    """One client."""
+
+    model: NNsight
+    """The model as this client has it, with edits of its own."""
+
+    def __init__(self, number: int, owner: str) -> None:
+        self.number = number
+        self.owner = owner
+        self.in_order = threading.Lock()
+        """Held by the function that runs: those of one client run one after another."""
+        self.seats: dict[int, Seat] = {}
+        self.refs: dict[int, torch.Tensor] = {}
+        self.ended: dict[int, str] = {}
+        """Why a run is not there any more."""
+        self.cancelled: set[int] = set()
+        self.open = True
+        self._refs = itertools.count()
+        self._heard = time.monotonic()
+
+    def heard(self) -> None:
+        """A sign of life."""
+        self._heard = time.monotonic()
+
+    @property
+    def silent_for(self) -> float:
+        """How long there has been none."""
+        return time.monotonic() - self._heard
+
+    def seat(self, run: int) -> Seat:
+        """The run of this number; a sentence where it is gone."""
+        seat = self.seats.get(run)
+        if seat is None:
+            why = self.ended.get(run, "is not known")
+            raise RunEndedError(f"Run {run} {why}.", "Open a new trace to run the model again.")
+        return seat
+
+    def keep(self, tensor: torch.Tensor) -> int:
+        """Keep a tensor that the client has a handle of; the handle's number."""
+        number = next(self._refs)
+        self.refs[number] = tensor
+        return number
+
+    def kept(self, number: int) -> torch.Tensor:
+        """What a handle is of."""
+        if number not in self.refs:
+            raise RemoteError("What this handle is of is not kept any more.", "Read it again; a handle lives with its client.")
+        return self.refs[number]
+
+    def lookup(self, model: NNsight, name: tuple[str, Any]) -> Any:
+        """What the client has sent a name of: a handle, or the model or a part of it, which is here."""
+        kind, which = name
+        if kind == "ref":
+            return self.kept(which)
+        if kind == "module":
+            return model._module.get_submodule(which)
+        return model[which] if which else model
+
+    def nbytes(self, weights: frozenset[int]) -> int:
+        """What the client has here, each piece of memory of its handles once."""
+        return nbytes([*self.refs.values()], weights) + sum(seat.bytes for seat in [*self.seats.values()])
+
+    def look(self, weights: frozenset[int]) -> None:
+        """See how much each run holds."""
+        for seat in [*self.seats.values()]:
+            seat.bytes = seat.do(seat.run.nbytes, weights)
+
+    def __repr__(self) -> str:
+        return f"<{self.owner}: {len(self.seats)} runs, handles {described([*self.refs.values()])}>"
+
+
+class Sessions:
+    """All clients of a server."""
+
+    def __init__(self, limits: Limits, view: Callable[[Session], NNsight], close: Callable[[Session, int, str], None]) -> None:
+        """`view` gives a client's view of the model, and `close` ends one of its runs, on whatever lane that is."""
+        self.limits = limits
+        self._view = view
+        self._close = close
+        self._numbers = itertools.count(1)
+        self._sessions: dict[int, Session] = {}
+
+    def open(self, owner: str) -> Session:
+        """A new client."""
+        number = next(self._numbers)
+        session = Session(number, owner)
+        session.model = self._view(session)
+        self._sessions[number] = session
+        return session
+
+    def __getitem__(self, number: int) -> Session:
+        session = self._sessions.get(number)
+        if session is None:
+            raise KeyError(number)
+        session.heard()
+        return session
+
+    def all(self) -> list[Session]:
+        """Those who are connected."""
+        return [*self._sessions.values()]
+
+    def close_silent(self) -> None:
+        """Close what clients have left who are gone, and runs that nobody has touched."""
+        for session in self.all():
+            if session.silent_for > self.limits.silence:
+                self.end(session.number)
+                continue
+            for number, seat in [*session.seats.items()]:
+                if not seat.busy and time.monotonic() - seat.touched > self.limits.idle:
+                    self._close(session, number, f"was closed: nobody had touched it for {self.limits.idle:g} seconds")
+
+    def end(self, number: int) -> None:
+        """The client is gone."""
+        session = self._sessions.pop(number, None)
+        if session is None:
+            return
+        session.open = False
+        for run in [*session.seats]:
+            self._close(session, run, "was closed: its client has given no sign of life")
+        session.refs.clear()

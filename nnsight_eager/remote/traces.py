@@ -1,0 +1,120 @@
+"""A trace whose run is on a server.
+
+with model.trace("The Eiffel Tower is in", retries=1) as tracer:
+    hidden = model.transformer.h[5].output
+    cache = tracer.cache("transformer.h.*", positions=-1)       # filled there, brought when it is looked at
+"""
+
+from collections.abc import Callable
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from ..cache import Cache, Entry, Keep, Positions
+from ..errors import RemoteError
+from ..invokes import Division
+from ..run import Call
+from ..trace import Trace
+from ..tree import Envoy, Tree
+from .packing import Packed, unpacked
+from .runs import RemoteRun, no_gradients
+
+if TYPE_CHECKING:
+    from .held import RemoteHeld
+
+Begin = Callable[..., RemoteRun]
+"""Makes a run of a call."""
+
+
+class RemoteTrace(Trace):
+    """One call of a model on a server."""
+
+    __slots__ = ("_begin_run", "_root_envoy", "retries")
+
+    def __init__(
+        self,
+        tree: Tree,
+        name: str,
+        call: Call | None,
+        division: Division | None,
+        begin: Begin,
+        root_envoy: Callable[[Tree], Envoy],
+    ) -> None:
+        """`begin` makes the run, `root_envoy` the model's tree bound to it."""
+        super().__init__(tree, name, call, division)
+        self._begin_run = begin
+        self._root_envoy = root_envoy
+        self.retries = 0
+
+    def start(self, keep: bool = True) -> "RemoteHeld":  # type: ignore[override]
+        """Begin the run and hold it by hand: it stays paused on the server, across cells and prompt lines."""
+        from .held import RemoteHeld
+
+        return RemoteHeld.begun(self, keep)
+
+    def _run_of(self, call: Call, make: Any = None) -> Any:
+        return self._begin_run(call, retries=self.retries)
+
+    def cache(
+        self,
+        modules: Any = None,
+        device: Any = "cpu",
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        include_output: bool = True,
+        include_inputs: bool = False,
+        positions: Positions = None,
+    ) -> Cache:
+        """Keep what modules return, from here on, on the server: sliced and converted there, brought when it is looked at.
+
+        `cache.save_there("activations.safetensors")` writes it on the server's side.
+        """
+        run: Any = self._opened()
+        keep = Keep("cpu", dtype, True, include_output, include_inputs, positions)
+        chosen = Envoy(self._tree.root, "", self._tree)._chosen(modules)
+        return RemoteCache(run, run.cache(chosen, keep, modules is not None), self._tree.memory.aliases.own)
+
+    def backward(self, *_: Any, **__: Any) -> NoReturn:
+        """Gradients do not travel."""
+        raise no_gradients()
+
+    def _divide(self) -> None:
+        if self._division is not None and self._division.batched:
+            raise RemoteError(
+                "Invokes share a forward pass, and their blocks run as it goes on, next to the model.",
+                "Put the trace into a function and `model.submit` it, or write `model.trace(batched=False)`.",
+            )
+        super()._divide()
+
+    @property
+    def model(self) -> Envoy:
+        """The model's tree bound to this run."""
+        if self._view is None:
+            self._view = self._root_envoy(Tree(self._tree.root, self._tree.memory, self._opened()))
+        return self._view
+
+
+class RemoteCache(Cache):
+    """A cache that is filled on a server, and brought when it is first looked at after the run has ended."""
+
+    def __init__(self, run: RemoteRun, number: int, own: Callable[[str], str]) -> None:
+        self._run = run
+        self._number = number
+        self._own = own
+        self._brought: dict[str, list[Entry]] | None = None
+
+    @property
+    def _entries(self) -> dict[str, list[Entry]]:  # type: ignore[override]
+        if self._brought is not None:
+            return self._brought
+        sent = self._run.ask_cache("cached", self._number)
+        assert isinstance(sent, Packed)
+        entries: dict[str, list[Entry]] = unpacked(sent)
+        if self._run.finished:
+            self._brought = entries
+        return entries
+
+    def save_there(self, path: str | PathLike[str]) -> None:
+        """Write one safetensors file, as `save` does, but on the server's side."""
+        self._run.ask_cache("save_cache", self._number, fspath(path))

@@ -1,0 +1,554 @@
+"""A model on a server, used from here; without a cluster, over a line that pickles all that goes over it."""
+
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+
+import pytest
+import torch
+from small_models import FOLDER
+
+import nnsight_eager
+from nnsight_eager import LanguageModel, NotReachedError, OutOfOrderError, RemoteError, RunEndedError, has_nan
+
+HAS_RAY = find_spec("ray") is not None
+pytestmark = pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install '.[ray]'")
+
+PROMPT = "The Eiffel Tower is in the city of"
+OTHER = "The Colosseum is in the city of"
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    from remote_in_process import served
+
+    return served(folder("gpt2"))
+
+
+@pytest.fixture
+def remote(server):
+    from remote_in_process import client
+
+    model = client(server)
+    yield model
+    model.disconnect()
+
+
+@pytest.fixture(scope="module")
+def local(folder):
+    return LanguageModel(folder("gpt2"), dispatch=True)
+
+
+def on_both(local, remote, program):
+    """What a program gives on the model here, and on the one on the server."""
+    with torch.no_grad():
+        here = program(local)
+    return here, program(remote)
+
+
+def read(model):
+    with model.trace(PROMPT) as tracer:
+        values = [model.transformer.wte.output, model.transformer.h[1].attn.c_proj.input, model.transformer.h[1].hidden]
+    return [*values, tracer.result.logits]
+
+
+def read_at_the_output(model):
+    with model.trace(PROMPT):
+        output = model.transformer.h[1].output
+        return [output, model.transformer.h[1].input, model.transformer.h[1].inputs[1]["position_ids"], model.lm_head.output]
+
+
+def assign(model):
+    with model.trace(PROMPT):
+        model.transformer.h[0].output = model.transformer.h[0].output * 0.5
+        model.transformer.h[1].input = model.transformer.h[1].input * 2
+        model.transformer.h[2].mlp.inputs = ((model.transformer.h[2].mlp.input + 1,), {})
+        return [model.lm_head.output]
+
+
+def change_in_place(model):
+    with model.trace(PROMPT):
+        model.transformer.h[0].mlp.output[:, -1] = 0
+        model.transformer.h[1].attn.c_proj.input *= 0.5
+        model.transformer.h[1].attn.output[0][:, 0] = 3
+        return [model.lm_head.output]
+
+
+def skip(model):
+    with model.trace(PROMPT):
+        model.transformer.h[1].skip(model.transformer.h[1].input)
+        return [model.lm_head.output]
+
+
+def attention_pattern(model):
+    with model.trace(PROMPT):
+        pattern = model.transformer.h[1].attn.pattern.clone()
+        model.transformer.h[1].attn.pattern[:, 0] = 0
+        return [pattern, model.lm_head.output]
+
+
+def operations(model):
+    with model.trace(PROMPT):
+        attention = model.transformer.h[1].attn.source.attention_interface_1
+        query = attention.inputs[0][1].clone()
+        attention.output[0][:, :, 1] = 0
+        return [query, model.transformer.h[1].attn.source.self_c_proj_0.output, model.lm_head.output]
+
+
+def generate(model):
+    chosen = []
+    with model.generate(PROMPT, max_new_tokens=4, do_sample=False) as tracer:
+        for _ in tracer.iter[1:4:2]:
+            model.transformer.h[1].mlp.output *= 0
+            chosen.append(model.lm_head.output[0, -1])
+    return [*chosen, tracer.result]
+
+
+def next_tokens(model):
+    with model.generate(PROMPT, max_new_tokens=3, do_sample=False) as tracer:
+        first = model.transformer.h[0].output
+        second = model.transformer.h[0].next()
+        value = second.output.clone()
+        second.output = value * 0
+        tracer.next()
+        return [first, value, model.transformer.h[0].output]
+
+
+def side_by_side(model):
+    with model.trace(PROMPT) as clean, model.trace(OTHER) as corrupt:
+        corrupt.model.transformer.h[1].hidden[:, -1] = clean.model.transformer.h[1].hidden[:, -1]
+        return [corrupt.model.lm_head.output]
+
+
+def batch(model):
+    with model.trace([PROMPT, "Paris"]):
+        model.transformer.h[1].hidden[1] = 0
+        return [model.lm_head.output]
+
+
+def invokes_one_after_another(model):
+    with model.trace(batched=False) as tracer:
+        with tracer.invoke(PROMPT):
+            one = model.transformer.h[1].hidden[:, -1]
+        with tracer.invoke(OTHER):
+            model.transformer.h[1].hidden[:, -1] = one
+            return [one, model.lm_head.output]
+
+
+def cache(model):
+    with model.trace(PROMPT) as tracer:
+        kept = tracer.cache(modules=["transformer.h.*.mlp", model.lm_head], positions=-1)
+        model.transformer.h[0].mlp.output *= 2
+    return [kept[path].output for path in kept]
+
+
+def by_hand(model):
+    run = model.trace(PROMPT).start()
+    run.step().step().to(model.transformer.h[1].mlp)
+    model.transformer.h[1].mlp.output[:, -1] = 0
+    other = run.fork()
+    other.model.transformer.h[1].mlp.output *= 2
+    run.over()
+    run.back_to(model.transformer.h[0])
+    values = [model.transformer.h[0].output]
+    run.until(has_nan)
+    return [*values, run.result.logits, other.finish().logits]
+
+
+def constants(model):
+    torch.manual_seed(0)
+    steered = model.steer(model.transformer.h[1], torch.randn(model.config.n_embd), scale=3, positions=-1)
+    with steered, model.ablate(model.transformer.h[0].mlp, "mean"):
+        return [model.trace(PROMPT).result.logits, model.generate(OTHER, max_new_tokens=3, do_sample=False).result]
+
+
+def modules_applied(model):
+    with model.trace(PROMPT):
+        late = model.transformer.h[2].output
+        return [model.lm_head(model.transformer.ln_f(late)), model.lm_head.output]
+
+
+PROGRAMS = [
+    read, read_at_the_output, assign, change_in_place, skip, attention_pattern, operations, generate, next_tokens, side_by_side,
+    batch, invokes_one_after_another, cache, by_hand, constants, modules_applied,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_a_program_gives_what_it_gives_on_a_model_here(program, local, remote):
+    here, there = on_both(local, remote, program)
+    assert len(here) == len(there) > 0
+    for one, other in zip(here, there, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=0)
+
+
+def test_the_tree_has_no_weights(remote, local):
+    assert all(each.device.type == "meta" for each in remote._module.parameters())
+    assert [name for name, _ in remote.named_modules()] == [name for name, _ in local.named_modules()]
+
+
+def test_a_read_is_one_message_and_an_edit_none(remote):
+    line = remote._tree.line
+    with remote.trace(PROMPT):
+        remote.transformer.h[0].output
+        remote.transformer.h[0].output = remote.transformer.h[0].output * 2
+        remote.transformer.h[1].output[:] = 0
+        remote.transformer.h[1].output.sum()
+    assert line.sent == ["ask", "ask", "finish"]
+
+
+def test_what_a_tuple_has_beside_its_first_tensor_travels_only_where_it_is_read(remote):
+    line = remote._tree.line
+    with remote.trace(PROMPT):
+        remote.transformer.h[0].attn.hidden = remote.transformer.h[0].attn.hidden * 2  # a tuple: the weights stay there
+        assert line.sent == ["ask"]
+        remote.output  # logits, and a key/value cache
+    assert line.sent == ["ask", "ask", "rest", "finish"]
+
+
+def test_a_value_that_was_read_can_be_changed_after_the_run_without_anybody_noticing(remote):
+    with remote.trace(PROMPT):
+        hidden = remote.transformer.h[0].output
+        before = hidden.clone()
+        logits = remote.lm_head.output
+    hidden.zero_()
+    with remote.trace(PROMPT):
+        assert remote.transformer.h[0].output.equal(before)
+        assert remote.lm_head.output.equal(logits)
+
+
+def test_an_error_is_the_same_as_here_at_the_line_that_asked(local, remote):
+    messages = []
+    for model in (local, remote):
+        with pytest.raises(OutOfOrderError) as caught, model.trace(PROMPT):
+            model.transformer.h[2].output
+            model.transformer.h[1].output
+        messages.append((str(caught.value), caught.value.asked, caught.value.paused_at, caught.value.step))
+        with pytest.raises(NotReachedError), model.trace(PROMPT):
+            model.transformer.h[0].next().output
+            model.transformer.h[0].next().output
+    assert messages[0] == messages[1]
+    assert caught.traceback[-1].path.name == "test_remote.py"
+
+
+def test_a_bad_edit_is_named_with_its_line_here(remote):
+    with pytest.raises(RuntimeError) as caught, remote.trace(PROMPT):
+        remote.transformer.h[1].output = torch.zeros(1, 2, 3)
+        remote.transformer.h[2].output
+    notes = "\n".join(caught.value.__notes__)
+    assert "The model was running `model.transformer.h[2].ln_1`." in notes
+    assert "Edited before: `model.transformer.h[1].output` in step 0: [1, 14, 32] float32 became [1, 2, 3]" in notes
+    assert __file__ in notes
+    assert remote.status()["clients"][-1]["runs"] == {}
+
+
+def test_leaving_a_block_by_an_error_closes_its_run_there(remote, server):
+    with pytest.raises(ZeroDivisionError), remote.trace(PROMPT):
+        remote.transformer.h[0].output
+        (run,) = remote.status()["clients"][-1]["runs"].values()
+        assert run["at"] == "<forward of GPT2LMHeadModel: paused at model.transformer.h[0].output, step 0>"
+        1 / 0
+    assert remote.status()["clients"][-1]["runs"] == {}
+    assert not any("forward" in vars(module) for module in server._model._module.modules())
+
+
+def test_what_is_looked_at_of_a_held_run_is_what_is_looked_at_here(local, remote):
+    seen = []
+    for model in (local, remote):
+        with torch.no_grad():
+            run = model.trace(PROMPT).start()
+        run.to("transformer.h.1.mlp")
+        model.transformer.h[1].mlp.output *= 2
+        seen.append((repr(run.edits), repr(run).splitlines()[0], [*run.locals()], run.locals()["hidden_states"]))
+        assert "paused at model.transformer.h[1].mlp.output (GPT2MLP), step 0" in repr(run.where())
+        run.close()
+    assert seen[0][:3] == seen[1][:3]
+    assert seen[0][3].equal(seen[1][3])
+
+
+def test_a_handle_is_looked_at_there_and_moves_when_it_is_wanted(local, remote):
+    with torch.no_grad(), local.trace(PROMPT):
+        value = local.transformer.h[1].output
+        local.transformer.h[2].output = value
+        patched = local.lm_head.output
+    line = remote._tree.line
+    with remote.trace(PROMPT):
+        handle = remote.transformer.h[1].output_ref
+        given = remote.transformer.h[2].input_ref
+    assert (handle.shape, handle.dtype, given.shape) == (value.shape, value.dtype, value.shape)
+    assert handle.norm().equal(value.norm())
+    assert handle[:, -1].get().equal(value[:, -1])
+    assert handle.apply(torch.mean, dim=1).get().equal(value.mean(dim=1))
+    assert handle.get().equal(value)
+    line.sent.clear()
+    with remote.trace(PROMPT):
+        remote.transformer.h[2].output = handle
+        assert remote.lm_head.output.equal(patched)
+    assert line.sent == ["ask", "ask", "finish"]
+
+
+def test_a_function_runs_next_to_the_model_with_gradients_and_invokes(local, remote):
+    def program(model, scale):
+        with model.trace() as tracer:
+            with tracer.invoke(PROMPT):
+                hidden = remote.transformer.h[1].hidden  # the model from here is the one there
+                loss = model.lm_head.output[0, -1].logsumexp(-1)
+                with tracer.backward(loss):
+                    gradient = model.transformer.h[1].output_grad
+            with tracer.invoke(OTHER):
+                logits = model.lm_head.output
+        return gradient * scale, logits.detach(), hidden.detach()
+
+    with local.trace(PROMPT) as tracer:
+        hidden = local.transformer.h[1].hidden
+        with tracer.backward(local.lm_head.output[0, -1].logsumexp(-1)):
+            gradient = local.transformer.h[1].output_grad
+    with torch.no_grad(), local.trace(OTHER):
+        logits = local.lm_head.output
+    future = remote.submit(program, 2)
+    there = future.result()
+    torch.testing.assert_close(there[0], gradient * 2)
+    torch.testing.assert_close(there[1][:, -1], logits[:, -1])
+    torch.testing.assert_close(there[2], hidden.detach())
+
+
+def test_what_a_function_raises_is_raised_here_with_its_lines_there(remote):
+    def divide(model):
+        return 1 / 0
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        remote.submit(divide).result()
+    assert "in divide" in "\n".join(caught.value.__notes__)
+
+
+def test_a_function_has_the_edits_made_here(local, remote):
+    def ablate():
+        remote.transformer.h[0].mlp.output *= 0
+
+    def norm(model):
+        return model.trace(PROMPT).result.logits.detach()
+
+    with torch.no_grad():
+        (expected,) = [local.edit(lambda: local.transformer.h[0].mlp.output.zero_()).trace(PROMPT).result.logits]
+    assert remote.edit(ablate).submit(norm).result().equal(expected)
+
+
+def test_sampling_goes_by_the_seed_here(remote):
+    def sampled(drawn):
+        torch.manual_seed(3)
+        with remote.generate(PROMPT, max_new_tokens=8, do_sample=True) as tracer:
+            for _ in tracer.iter[:]:
+                torch.rand(drawn)  # in the process of the server, which this is
+        return tracer.result
+
+    first = sampled(0)
+    assert sampled(7).equal(first)
+    assert not remote.generate(PROMPT, max_new_tokens=8, do_sample=True).result.equal(first)
+
+
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        (lambda model: model.trace().__enter__().invoke(PROMPT), "Put the trace into a function and `model.submit` it"),
+        (lambda model: model.edit(), "Write `model.edit(function)`."),
+        (lambda model: model.trace(PROMPT, keep=True), "then `run.fork()`"),
+        (lambda model: model.load_adapter("folder"), "Serve a folder that has it"),
+        (lambda model: model.submit(lambda _: threading.Lock()).result(), "what stays next to the model goes into"),
+    ],
+)
+def test_what_does_not_travel_is_refused_with_what_to_write_instead(refused, said, remote):
+    with pytest.raises(RemoteError, match=said.split("`")[0]) as caught:
+        refused(remote)
+    assert said in str(caught.value)
+
+
+def test_gradients_do_not_travel(remote, server):
+    with pytest.raises(RemoteError, match="Gradients do not travel"), remote.trace(PROMPT) as tracer:
+        remote.transformer.h[1].output
+        with tracer.backward(remote.lm_head.output.sum()):
+            pass
+    with remote.trace(PROMPT):
+        assert not remote.lm_head.output.requires_grad
+        (seat,) = [seat for seat in server._sessions.all()[-1].seats.values() if not seat.ended]
+        assert not seat.run.run.at.value.requires_grad  # no graph is held for nobody
+
+
+def test_extraction_writes_where_the_model_is_and_reads_through_it(remote, local, tmp_path):
+    texts = [PROMPT, "Paris", OTHER]
+    there = remote.extract(texts, ["transformer.h.*"], tmp_path / "there")
+    here = local.extract(texts, ["transformer.h.*"], tmp_path / "here")
+    far = remote.activations(tmp_path / "there")
+    assert far.lengths == here.lengths
+    for one, two, three in zip(here, there, far, strict=True):
+        assert one.tokens.equal(two.tokens)
+        assert one.tokens.equal(three.tokens)
+        for path in here.points:
+            assert one[path].equal(two[path])
+            assert one[path].equal(three[path])
+
+
+# Clients and their limits
+
+
+def test_a_run_that_nobody_touches_is_closed_and_says_so(folder):
+    from remote_in_process import client, served
+
+    model = client(served(folder("gpt2"), idle=0.4))
+    with pytest.raises(RunEndedError) as caught, model.trace(PROMPT):
+        model.transformer.h[0].output
+        until = time.monotonic() + 20
+        while model._tree.line.server._sessions.all()[0].seats and time.monotonic() < until:
+            time.sleep(0.05)
+        model.transformer.h[1].output
+    assert str(caught.value).startswith("Run 1 was closed: nobody had touched it for 0.4 seconds.")
+
+
+def test_a_client_that_is_silent_loses_its_runs_and_handles(folder):
+    from remote_in_process import client, served
+
+    server = served(folder("gpt2"), silence=0.4)
+    silent, alive = client(server, "silent"), client(server, "alive")
+    with alive.trace(PROMPT):
+        kept = alive.transformer.h[0].output
+        run = silent.trace(PROMPT).start()
+        run.step()
+        until = time.monotonic() + 20
+        while len(server._sessions.all()) > 1 and time.monotonic() < until:
+            assert server.beat(alive._tree.line._opened.session, [])
+            time.sleep(0.05)
+        (client_alive,) = server.status()["clients"]
+        assert client_alive["owner"] == "alive"
+        assert alive.transformer.h[1].output.shape == kept.shape
+    run._run.open = False  # there is nobody to close it
+
+
+def test_a_client_that_holds_more_than_it_may_loses_the_run_that_was_too_much(folder):
+    from remote_in_process import client, served
+
+    model = client(served(folder("gpt2"), memory=60_000))
+    with model.trace("Paris"):
+        assert model.transformer.h[1].output is not None
+        (run,) = model.status()["clients"][0]["runs"].values()
+        assert 0 < run["bytes"] < 60_000
+    with pytest.raises(RunEndedError) as caught, model.trace([PROMPT] * 40):
+        model.transformer.h[1].output
+    assert "more than its limit of 0.1 MB" in str(caught.value)
+    with model.trace("Paris"):
+        handles = [model.transformer.h[0].output_ref]
+    with pytest.raises(RemoteError, match="handles of this client hold") as caught:
+        for _ in range(400):
+            with model.trace("Paris"):
+                handles.append(model.transformer.h[0].output_ref)
+    del handles
+
+
+def test_a_paused_run_holds_its_residual_stream_however_deep_it_is_and_its_key_value_cache(folder):
+    from nnsight_eager.remote.holding import held_bytes, weights_of
+
+    model = LanguageModel(folder("gpt2"), dispatch=True)
+    weights = weights_of(model._module)
+
+    def held(layer, use_cache):
+        with torch.no_grad(), model.trace(PROMPT, use_cache=use_cache) as tracer:
+            hidden = model.transformer.h[layer].output
+            return hidden.nbytes, held_bytes(tracer._run, weights)
+
+    width, first = held(0, use_cache=False)
+    assert 2 * width <= first <= 5 * width  # what the block was given and gives, and the embeddings that it is the sum of
+    assert held(1, use_cache=False)[1] == held(2, use_cache=False)[1]
+    key_values = [held(layer, use_cache=True)[1] - held(layer, use_cache=False)[1] for layer in range(3)]
+    assert key_values == [2 * width * (layer + 1) for layer in range(3)]
+
+
+def test_clients_take_turns_and_who_has_computed_least_is_next():
+    from nnsight_eager.remote.turns import Turns
+
+    turns, order, ready = Turns(), [], []
+
+    def work(owner, seconds):
+        ready.append(owner)
+        with turns.of(owner):
+            order.append(owner)
+            time.sleep(seconds)
+
+    threads = [threading.Thread(target=work, args=each) for each in [("greedy", 0.05)] * 4 + [("modest", 0.01)] * 3]
+    with turns.of("first"):
+        for number, thread in enumerate(threads):
+            thread.start()
+            while sum(waiting for waiting, _ in turns.owners().values()) <= number:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join(30)
+    assert order[0] == "greedy"  # both have had nothing, and it asked first
+    assert order[1:4] == ["modest", "modest", "modest"]
+    assert len(turns.waits("greedy")) == 4
+    assert turns.waits("modest")[0] >= 0.05
+
+
+def test_a_turn_within_a_turn_is_the_same_one():
+    from nnsight_eager.remote.turns import Turns
+
+    turns = Turns()
+    with turns.of("one"), turns.of("one"):
+        assert len(turns.waits("one")) == 1
+    with turns.of("two"):
+        assert len(turns.waits("two")) == 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.arange(6).reshape(2, 3),
+        torch.randn(3, 4).T,
+        torch.randn(2, 3).bfloat16(),
+        torch.tensor(1.5),
+        torch.zeros(0, 3),
+        torch.randn(2, dtype=torch.complex64).conj(),
+        torch.tensor([True, False]),
+    ],
+    ids=lambda value: f"{list(value.shape)}-{value.dtype}",
+)
+def test_a_tensor_arrives_as_it_was_and_can_be_changed(value):
+    from nnsight_eager.remote.packing import packed, unpacked
+
+    arrived = unpacked(packed(value))
+    assert arrived.dtype == value.dtype
+    assert arrived.equal(value)
+    nested = unpacked(packed({"a": (value, [value, 3])}))
+    assert nested["a"][0] is nested["a"][1][0]
+    before = value.clone()
+    arrived.zero_()
+    assert value.equal(before)
+
+
+def test_importing_the_package_imports_no_ray_and_its_absence_is_a_sentence():
+    code = """
+import sys
+import nnsight_eager
+assert "ray" not in sys.modules
+sys.modules["ray"] = None
+for call in (
+    lambda: nnsight_eager.connect("llama"),
+    lambda: __import__("nnsight_eager.__main__").__main__.serve(["gpt2", "--name", "gpt2"]),
+):
+    try:
+        call()
+    except nnsight_eager.RemoteError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True, timeout=120)
+    expected = 'Models that run elsewhere need Ray, which is not installed.\nInstall it: `pip install "nnsight_eager[ray]"`.\n'
+    assert done.stdout == expected * 2, done.stderr
+
+
+def test_the_command_refuses_in_a_sentence(capsys):
+    from nnsight_eager.__main__ import main
+
+    assert main(["serve", "gpt2", "--name", "gpt2", "--tp", "2"]) == 1
+    assert capsys.readouterr().err.startswith("nnsight_eager: `--tp 2`: a served model is on one actor so far.")
+
+
+def test_report_tells_nobody_outside_a_submitted_function():
+    assert nnsight_eager.report(1, 2) is None

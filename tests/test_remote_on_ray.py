@@ -1,0 +1,271 @@
+"""A model on a Ray cluster of this machine, on the loopback: the README's session, deaths, and many clients at once."""
+
+import contextlib
+import filecmp
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import FOLDER
+from test_readme import README
+
+import nnsight_eager
+from nnsight_eager import LanguageModel, ServerLostError
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install '.[ray]'"),
+    # Ray's own, in the process that connects: a socket that it leaves to be collected.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+PROMPT = "The Eiffel Tower is in the city of"
+SILENCE = 3.0
+PATIENCE = 120
+SESSION = re.findall(r"^```py\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def below(process):
+    """The processes that a process has begun, directly or not."""
+    found = [process]
+    for parent in found:
+        for each in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                if int(each.read_text().rpartition(")")[2].split()[1]) == parent:
+                    found.append(int(each.parent.name))
+    return found[1:]
+
+
+def alive(process):
+    """Whether a process runs, and is not one that has ended and that nobody has asked about."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.fixture(scope="module")
+def address(folder, tmp_path_factory):
+    """The address of a cluster that serves `gpt2`, by the command of the README."""
+    command = [sys.executable, "-m", "nnsight_eager", "serve", str(folder("gpt2")), "--name", "gpt2", "--cluster-cpus", "4"]
+    limits = ["--store-mb", "100", "--silence-limit", str(SILENCE)]
+    where = tmp_path_factory.mktemp("server")
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen([*command, *limits], stdout=subprocess.PIPE, text=True, env=environment, cwd=where)
+    try:
+        line = server.stdout.readline()
+        found = re.search(r'`gpt2` is served: nnsight_eager.connect\("gpt2", address="(127\.0\.0\.1:\d+)"\)', line)
+        assert found, line
+        yield found[1]
+    finally:
+        if find_spec("ray") is not None:
+            from nnsight_eager.remote import cluster
+
+            cluster.leave()
+        processes = below(server.pid)
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(60)
+        finally:
+            until = time.monotonic() + 20
+            while any(map(alive, processes)) and time.monotonic() < until:
+                time.sleep(0.1)
+            left = [each for each in processes if alive(each)]
+            for each in [*left, server.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
+            server.stdout.close()
+    assert not left
+
+
+@pytest.fixture(scope="module")
+def local(folder):
+    return LanguageModel(folder("gpt2"), dispatch=True)
+
+
+@pytest.fixture
+def remote(address):
+    model = nnsight_eager.connect("gpt2", address)
+    yield model
+    model.disconnect()
+
+
+def edited(model, factor=0.5, layer=1):
+    with model.trace(PROMPT):
+        model.transformer.h[layer].output = model.transformer.h[layer].output * factor
+        return model.lm_head.output
+
+
+def plain(local, *arguments):
+    with torch.no_grad():
+        return edited(local, *arguments)
+
+
+@pytest.mark.parametrize("block", SESSION, ids=range(len(SESSION)))
+def test_the_session_of_the_readme(block, address, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    script = block.replace('"10.0.0.1:6379"', f'"{address}"')
+    assert script != block
+    names = {"__name__": "__main__"}
+    exec(compile(script, "README.md", "exec"), names)
+    names["model"].disconnect()
+
+
+def test_a_trace_an_edit_steps_a_function_and_a_cache(remote, local):
+    assert edited(remote).equal(plain(local))
+    run = remote.trace(PROMPT).start()
+    run.step().to(remote.transformer.h[1])
+    remote.transformer.h[1].output *= 0.5
+    assert run.finish().logits.equal(plain(local))
+    assert remote.submit(lambda model, factor: edited(model, factor).detach(), 0.5).result(60).equal(plain(local))
+    there, here = (model.cache(PROMPT, modules="transformer.h.*", positions=-1) for model in (remote, local))
+    assert all(there[path].output.equal(here[path].output) for path in here)
+
+
+def test_a_function_says_how_far_it_has_come_and_can_be_cancelled(remote):
+    def count(model):
+        number = 0
+        while True:
+            number += 1
+            nnsight_eager.report(number, 10**9, "traces")
+            model.trace("Paris").result
+
+    future = remote.submit(count)
+    until = time.monotonic() + PATIENCE
+    while not future.progress.done and time.monotonic() < until:
+        time.sleep(0.05)
+    assert future.progress.total == 10**9
+    assert not future.done()
+    with pytest.raises(TimeoutError):
+        future.result(timeout=0.01)
+    assert edited(remote).shape[0] == 1  # others take turns with it
+    future.cancel()
+    with pytest.raises(nnsight_eager.RunEndedError, match="cancelled"):
+        future.result(60)
+
+
+def test_two_workers_write_the_same_files_as_one_process(remote, local, tmp_path):
+    texts = [PROMPT + " of" * number for number in range(24)]
+    options = {"batch_tokens": 100, "shard_bytes": 12_000}
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        local.extract(texts, ["transformer.h.*"], tmp_path / "alone", **options)
+        shutil.copytree(tmp_path / "alone", tmp_path / "shared")
+        for shard in [*(tmp_path / "shared").glob("shard-*")][1:]:  # what an extraction has left that was killed
+            shard.unlink()
+        local.extract(texts, ["transformer.h.*"], tmp_path / "shared", workers=2, **options)
+    finally:
+        torch.set_num_threads(before)
+    names = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    assert len(names) > 5
+    assert filecmp.cmpfiles(tmp_path / "alone", tmp_path / "shared", names, shallow=False) == (names, [], [])
+
+
+def test_a_client_that_is_killed_has_its_runs_closed(remote, address):
+    script = f"""
+import sys, nnsight_eager
+model = nnsight_eager.connect("gpt2", {address!r})
+with model.trace({PROMPT!r}):
+    model.transformer.h[1].output
+    print("paused", flush=True)
+    sys.stdin.read()
+"""
+    client = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(FOLDER)},
+    )
+
+    def paused():
+        return [run["at"] for each in remote.status()["clients"] for run in each["runs"].values()]
+
+    try:
+        assert client.stdout.readline().strip() == "paused"
+        assert paused() == ["<forward of GPT2LMHeadModel: paused at model.transformer.h[1].output, step 0>"]
+        time.sleep(SILENCE)  # alive and silent in its block, it gives signs of life
+        assert len(paused()) == 1
+        client.kill()
+        client.wait(30)
+        killed = time.monotonic()
+        while paused() and time.monotonic() < killed + PATIENCE:
+            time.sleep(0.05)
+        assert not paused()
+        assert not any(each["owner"].endswith(f":{client.pid}") for each in remote.status()["clients"])
+    finally:
+        client.kill()
+        client.wait(30)
+        client.stdin.close()
+        client.stdout.close()
+
+
+def test_many_clients_at_once_get_what_each_asked_for(address, local, capsys):
+    count, traces = 8, 50
+    expected = {(client, layer): plain(local, 1 + client / 10, layer) for client in range(count) for layer in range(3)}
+    models = [nnsight_eager.connect("gpt2", address) for _ in range(count)]
+    wrong = []
+
+    def work(client):
+        for number in range(traces):
+            got = edited(models[client], 1 + client / 10, number % 3)
+            if not got.equal(expected[client, number % 3]):
+                wrong.append((client, number))
+
+    try:
+        threads = [threading.Thread(target=work, args=(client,)) for client in range(count)]
+        begun = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        took = time.perf_counter() - begun
+        assert not any(thread.is_alive() for thread in threads)
+        clients = models[0].status()["clients"]
+    finally:
+        for model in models:
+            model.disconnect()
+    assert not wrong
+    busy = [each for each in clients if each["turns"]]
+    assert [each["turns"] for each in busy] == [3 * traces] * count  # two reads and the end
+    with capsys.disabled():
+        print(f"\n{count} clients x {traces} traces in {took:.1f} s; waited for a turn (median, longest):", end=" ")
+        print(", ".join(f"{each['median wait'] * 1e3:.2f} and {each['longest wait'] * 1e3:.1f} ms" for each in busy))
+
+
+def test_a_server_that_is_killed_is_an_error_that_names_the_run_or_the_run_is_repeated(remote, local):
+    other = nnsight_eager.connect("gpt2")
+    try:
+        with remote.trace(PROMPT, retries=1), pytest.raises(ServerLostError) as caught, other.trace(PROMPT):
+            hidden = remote.transformer.h[1].output
+            remote.transformer.h[1].output = hidden * 0.25
+            remote.transformer.h[1].output *= 2
+            other.transformer.h[0].output
+            os.kill(remote.status()["pid"], signal.SIGKILL)
+            logits = remote.lm_head.output
+            other.transformer.h[1].output
+        assert logits.equal(plain(local))
+        message = str(caught.value)
+        assert message.startswith(
+            "The actor `gpt2` has died, and with it run 1 (`forward`), paused at `model.transformer.h[0].output`. Ray says: "
+        )
+        assert "`model.trace(..., retries=1)`" in message
+        assert caught.traceback[-1].path == Path(__file__)
+        assert edited(other).equal(plain(local))  # it is known again, without being asked to connect
+    finally:
+        other.disconnect()
+
+
+def test_a_model_or_a_cluster_that_is_not_there_is_a_sentence(address):
+    with pytest.raises(nnsight_eager.RemoteError) as caught:
+        nnsight_eager.connect("llama", address)
+    assert str(caught.value).startswith("The cluster serves no model called `llama`; it serves `gpt2`.")
