@@ -161,12 +161,12 @@ class RemoteRun:
     def replace(self, visit: RemoteVisit, value: Any, path: str) -> None:
         """Have the model go on with `value` at the visit it is paused at."""
         before = visit.replace(value)
-        self.changes.append(change(spelled(path, visit.kind), self.step, before, value))
+        self.changes.append(change(path, visit.kind, self.step, before, value))
 
     def skip(self, visit: RemoteVisit, value: Any, path: str) -> None:
         """Leave out the forward of the module the model is about to enter, and go on with `value` as its output."""
         visit.skip(value)
-        self.changes.append(change(spelled(path, "skip"), self.step, None, value))
+        self.changes.append(change(path, "skip", self.step, None, value))
 
     # Caches, handles, and runs held by hand
 
