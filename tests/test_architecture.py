@@ -1,6 +1,7 @@
 """The layout: which module may import which, and where the two dangerous things are done."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -418,6 +419,14 @@ def test_an_example_imports_only_what_users_can_and_other_examples(name):
 
 def test_the_layout_names_no_module_that_is_gone():
     assert set(MAY_IMPORT) <= set(modules())
+
+
+def test_the_readme_names_every_module_where_it_says_how_to_read_the_source():
+    readme = (PACKAGE.parent / "README.md").read_text()
+    section = readme.partition("## Reading the source")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+/?)`", section))
+    packages = {f"{name.partition('.')[0]}/" for name in modules() if "." in name}
+    assert named == packages | {name for name in modules() if "." not in name and not name.startswith("__")}
 
 
 def test_one_module_imports_greenlet():
