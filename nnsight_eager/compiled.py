@@ -26,8 +26,10 @@ def written(module: torch.nn.Module) -> Any:
 
 
 def written_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that was given to `torch.compile`, where this is what that gave."""
-    return getattr(function, "_torchdynamo_orig_callable", function)
+    """The function that was given to `torch.compile`, where this is what that gave, not a wrapper with its attributes."""
+    original = getattr(function, "_torchdynamo_orig_callable", function)
+    own = getattr(function, "__wrapped__", None) is original and not getattr(function, "_torchdynamo_disable", False)
+    return original if own else function
 
 
 class Eagerly:
@@ -42,7 +44,10 @@ class Eagerly:
         """Have the module behind the tap be called as it is written, if it is compiled; whether it is."""
         module, forward = tap.module, own_forward(tap.module)
         if written_function(forward) is not forward:
-            tap.__wrapped__ = written_function(forward)
+            innermost = tap  # another run may have a tap between
+            while isinstance(innermost._original, Tap):
+                innermost = innermost._original
+            innermost.__wrapped__ = written_function(forward)
             return True
         if put_aside(module, CALL):
             self._aside.append(module)

@@ -191,3 +191,22 @@ def test_a_traceback_begins_at_the_users_line(model):
         files = [entry.path for entry in caught.traceback]
         assert {str(each) for each in files} == {__file__}, "no frame of the package"
     run.close()
+
+
+def test_a_run_goes_on_behind_an_operation_of_which_only_the_output_was_read(gpt2):
+    """It dies otherwise: nobody has heard that the operation began."""
+    run = gpt2.trace("The Eiffel Tower").start()
+    gpt2.transformer.h[0].attn.pattern
+    gpt2.transformer.h[1].attn.source.attention_interface_1.output
+    other = run.fork()
+    assert torch.equal(run.finish().logits, other.finish().logits)
+
+
+def test_a_trace_that_keeps_can_be_held_by_hand(gpt2):
+    run = gpt2.trace("The Eiffel Tower", keep=True).start()
+    run.to("transformer.h.0.mlp")
+    gpt2.transformer.h[0].mlp.output = gpt2.transformer.h[0].mlp.output * 2
+    run.to("transformer.h.2")
+    run.back_to("transformer.h.1")
+    assert [each.size for each in run.edits] == [1.0]
+    run.close()

@@ -1094,9 +1094,11 @@ def test_a_compiled_model_has_operations():
     module = torch.nn.Sequential(Block())
     module.compile(backend="eager")
     model = NNsight(module)
-    for _ in range(2):
-        with model.trace(X):
-            assert torch.equal(model[0].source.torch_relu_0.output, torch.relu(module[0].lin(X)))
+    expected = torch.relu(module[0].lin(X))
+    with pytest.warns(UserWarning, match="`model` is compiled"), model.trace(X):
+        assert torch.equal(model[0].source.torch_relu_0.output, expected)
+    with model.trace(X):
+        assert torch.equal(model[0].source.torch_relu_0.output, expected)
 
 
 def test_the_calls_of_a_function_on_another_thread_are_not_waited_for():

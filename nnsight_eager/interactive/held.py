@@ -65,7 +65,7 @@ class HeldRun(Shown, Trace):
                 "A run held by hand has one input of its own, and this trace has none.", 'Write `model.trace("...").start()`.'
             )
         recording = Recording(tree.root, call, keep)
-        run = recording.run(trace._run_of)
+        run = recording.run(partial(Trace._run_of, trace))  # a trace that keeps has a recording of its own
         try:
             run.walk()
         except BaseException:
@@ -227,7 +227,7 @@ class HeldRun(Shown, Trace):
         """
         journal, run = self._recording.journal, self._run
         self._settle()
-        whole = reached(run.result) if run.finished and not run.cut_short else set()
+        whole = reached(run.result) if run.finished and not (run.cut_short or run.failed_with) else set()
         receipts = [
             receipt(each, run.path_of(each.place.module), bool(whole) and each.node is not None and each.node not in whole)
             for each in journal.changes.values()

@@ -240,11 +240,13 @@ class Journal:
         tensor = value if isinstance(value, torch.Tensor) else first_tensor(value)
         if tensor is not None:
             self.forms[id(visit.module)] = tensor.shape, tensor.dtype
-        going = self.going.pop()
+        # Of a part whose output alone was asked for nobody has heard that it began.
+        heard = bool(self.going) and self.going[-1].visit is visit
+        going = self.going.pop() if heard else Going(visit, place)
         going.inside[id(visit.module)] = place
         if self.going:
             self.going[-1].inside.update(going.inside)
-        if self.keep:
+        if self.keep and heard:
             self._keep(visit, going)
 
     def _keep(self, visit: Visit, going: Going) -> None:

@@ -171,7 +171,8 @@ class Recording:
     def _written_before(run: Run, place: Place, earlier: "Recording") -> None:
         """Note which lines have changed the value at a place, as `earlier` has noted it."""
         points = [spelled(run.path_of(place.module), kind) for kind in (place.kind, "skip")]
-        run.changes += [each for each in earlier.written if each.point in points and each.step == place.step]
+        of_place = (each for each in earlier.written if each.point in points and each.step == place.step)
+        run.changes += [each for each in of_place if each not in run.changes]
 
     @staticmethod
     def _put(visit: Visit, value: Any) -> None:
