@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -53,6 +54,7 @@ def test_a_model_output_keeps_its_attributes_and_items_in_step():
     assert replaced.last_hidden_state is replaced["last_hidden_state"] is replaced[0] is TWO
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 puts the items of a model output in another order")
 def test_a_model_output_keeps_the_order_of_its_items():
     """A model may set its fields in any order, and then takes `output[0]` of them."""
     output = BaseModelOutput(hidden_states=(ONE,))
