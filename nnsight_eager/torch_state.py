@@ -134,24 +134,8 @@ class Settings:
         self.cuda = _cuda_place() if torch.cuda.is_initialized() else None
         self.transforms = _popped_transforms()
         _push_transforms(self.transforms)
-        self.plain = self._is_plain()
+        self.plain = self.cuda is None and is_plain()
         return self
-
-    def _is_plain(self) -> bool:
-        """Whether all that `in_force` looks at is as it is on a new thread without CUDA, whatever the grad mode."""
-        return (
-            self.modeless
-            and torch_function_enabled()
-            and self.multithreading
-            and self.forward_ad
-            and not self.inference
-            and not self.autocasting
-            and not self.autocast_nesting
-            and self.top_hooks is None
-            and self.compiler is None
-            and self.cuda is None
-            and not self.transforms
-        )
 
     def unchanged(self) -> bool:
         """Whether these settings, which are plain, are in force in every detail, those included that no switch looks at."""
