@@ -109,7 +109,7 @@ def test_an_error_of_ones_own_is_not_taken_for_it():
 def test_nothing_is_left_out_when_entering_fails():
     """As an interrupt does that comes when the frame is traced already."""
     events = []
-    before = sys.gettrace()
+    before, traced = sys.gettrace(), sys._getframe().f_trace
     try:
         with Failing():
             events.append("body")
@@ -118,7 +118,7 @@ def test_nothing_is_left_out_when_entering_fails():
     events.append("behind")
     assert events == ["caught", "behind"]
     assert sys.gettrace() is before
-    assert sys._getframe().f_trace is None
+    assert sys._getframe().f_trace is traced
     assert not sys._getframe().f_trace_opcodes
 
 
