@@ -96,7 +96,7 @@ def kernel(folder):
         yield Kernel(client)
     finally:
         client.stop_channels()
-        manager.shutdown_kernel(now=True)
+        manager.shutdown_kernel()  # it is asked first, and what it has to write at its end is written
         manager.cleanup_resources()
         manager.context.destroy(linger=0)
 

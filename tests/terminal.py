@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from contextlib import contextmanager
 
@@ -50,6 +51,9 @@ def terminal(*arguments, prompt, **environment):
     try:
         yield running
     finally:
+        if running.child.isalive():  # it is asked first, and what it has to write at its end is written
+            running.child.kill(signal.SIGTERM)
+            running.child.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=10)
         running.child.close(force=True)
 
 
