@@ -552,3 +552,209 @@ def test_the_command_refuses_in_a_sentence(capsys):
 
 def test_report_tells_nobody_outside_a_submitted_function():
     assert nnsight_eager.report(1, 2) is None
+
+
+# What is looked at, ended and asked for in vain
+
+
+def test_a_held_run_here_and_there_is_led_gone_back_in_and_looked_at_alike(local, remote):
+    seen = []
+    for model in (local, remote):
+        with torch.no_grad(), model.trace(PROMPT).start() as run:
+            run.to(model.transformer.h[1].mlp.act).out()
+            said = [repr(run).splitlines()[0], run.paths(), repr(run.model.transformer.h[1])]
+            model.transformer.h[1].mlp.output *= 0
+            edited = run.finish().logits
+            said += [repr(run).splitlines()[0]]
+            run.restart()
+            run.result = run.finish().logits * 2
+            seen.append((said, edited, run.result))
+        assert run.model is not None
+    assert seen[0][0] == seen[1][0]
+    assert "paused at model.transformer.h[1].mlp.output (GPT2MLP), step 0" in seen[1][0][0]
+    assert "finished" in seen[1][0][-1]
+    assert seen[0][1].equal(seen[1][1])
+    assert seen[0][2].equal(seen[1][2])
+    assert not seen[1][2].equal(2 * seen[1][1])
+
+
+def test_what_is_shown_of_a_run_there_has_both_forms_and_runs_nothing(remote, server):
+    run = remote.trace(PROMPT).start()
+    run.to("transformer.h.0.mlp")
+    where, names = run.where(), run.locals()
+    assert "model.transformer.h[0].mlp.output" in repr(where)
+    assert "hidden_states" in names._repr_html_()
+    assert len(names) == len([*names])
+    with pytest.raises(KeyError):
+        names["nothing"]
+    assert run._run.at.kind == "output"
+    run.close()
+    assert "closed" in repr(run)
+    assert "h" in repr(run.model.transformer)  # the tree, with nothing known of it
+
+
+def test_another_held_run_closes_the_first_and_says_so(remote):
+    first = remote.trace(PROMPT).start()
+    first.step()
+    with pytest.warns(UserWarning, match=r"The run of this model that was held by hand has been closed: another was started\."):
+        second = remote.trace(OTHER).start()
+    assert not first._run.open
+    assert second.step()._run.open
+    second.close()
+
+
+def test_a_result_is_replaced_there_whether_it_was_read_or_not(local, remote):
+    with torch.no_grad():
+        logits = local.trace(PROMPT).result.logits
+    with remote.trace(PROMPT) as tracer:
+        remote.transformer.h[0].output
+        tracer.result = tracer.result.logits * 3
+    assert tracer.result.equal(logits * 3)
+
+
+def test_a_cache_is_written_where_the_model_is(remote, local, tmp_path):
+    from safetensors.torch import load_file
+
+    with remote.trace(PROMPT) as tracer:
+        cache = tracer.cache(modules=["transformer.h.1"])
+    cache.save_there(tmp_path / "there.safetensors")
+    with torch.no_grad(), local.trace(PROMPT):
+        expected = local.transformer.h[1].hidden
+    assert any(each.equal(expected) for each in load_file(tmp_path / "there.safetensors").values())
+
+
+def test_a_handle_says_what_it_is_of_and_is_let_go_with_its_client(remote, server):
+    with remote.trace(PROMPT):
+        handle = remote.transformer.h[1].output_ref
+    assert repr(handle) == "<on tiny: [1, 14, 32] float32; `.get()` brings it>"
+    assert len(handle) == 1
+    session = server._sessions[remote._tree.line.session.session]
+    assert "handles" in repr(session)
+    assert server.beat(session.number, [handle.name, ("run", 1)])
+    with pytest.raises(RemoteError) as caught:
+        handle.get()
+    assert str(caught.value).startswith("What this handle is of is not kept any more.")
+
+
+def test_who_is_not_known_is_told_so_whatever_it_asks_for(folder):
+    from remote_in_process import served
+
+    from nnsight_eager.remote.packing import packed
+
+    server = served(folder("gpt2"))
+    session = server.open("somebody").session
+    with server._turns.of(f"somebody#{session}"):
+        pass
+    assert [*server._turns.owners()] == [f"somebody#{session}"]
+    server.leave(session)
+    server.leave(session)
+    assert not server._turns.owners()  # nothing is kept of whoever is gone
+    assert server.beat(session, []) is False
+    assert server.go(session, ()) is None
+    assert server.run_function(session, 1, packed(None)) == ("unknown", None)
+    assert server.handled(session, 1, "get", None) == ("unknown", None)
+    assert server.call(session, "", packed(((), {}))) == ("unknown", None)
+    assert server.progress(session, 1) == (0, 0, "")
+    server.close(session, 1)
+
+
+def test_a_function_can_be_cancelled_and_says_how_far_it_has_come(remote, server, monkeypatch):
+    import remote_in_process
+
+    def program(model, session, job):
+        from remote_in_process import met, server
+
+        for number in range(3):
+            nnsight_eager.report(number, 3, "prompts")
+            met.append(server.progress(session, job))
+            if number == 1:
+                server.cancel(session, job)
+        return "to its end"
+
+    monkeypatch.setattr(remote_in_process, "server", server, raising=False)
+    monkeypatch.setattr(remote_in_process, "met", [], raising=False)
+    line = remote._tree.line
+    future = remote.submit(program, line.session.session, line._count + 1)
+    assert repr(future) == "<program on tiny: done>"
+    with pytest.raises(RunEndedError, match=r"^The function was cancelled by its client\.\n"):
+        future.result()
+    assert remote_in_process.met == [(0, 3, "prompts"), (1, 3, "prompts")]
+    assert future.progress == (0, 0, "")
+
+
+def test_a_function_of_a_client_that_is_gone_is_ended(remote, server):
+    server_side = server._sessions[remote._tree.line.session.session]
+    server.leave(server_side.number)
+    with pytest.raises(RunEndedError, match="The client that has submitted this function has given no sign of life"):
+        server_side.model.trace(PROMPT).result
+
+
+@pytest.mark.parametrize(
+    ("refused", "error", "said"),
+    [
+        (lambda model: model.trace(PROMPT, fn=len).__enter__(), RemoteError, "`fn=len` cannot be sent.\nName a method of the model"),
+        (lambda model: _in_a_block(model, lambda: model.transformer.h[0](1, hook=True)), RemoteError, "Leave `hook=True` away"),
+        (lambda model: _in_a_block(model, lambda: model.lm_head(torch.ones(3))), RuntimeError, "cannot be multiplied (1x3 and 32x320)"),
+        (lambda model: model.trace(PROMPT).start().to(3), RemoteError, "`3` names no point.\nGive an envoy or a path."),
+        (lambda model: model.trace(PROMPT).start().stop(), nnsight_eager.RunError, "`run.close()` abandons it."),
+        (lambda model: model.trace().start(), nnsight_eager.RunError, 'Write `model.trace("...").start()`.'),
+        (lambda model: model.activations("nowhere"), nnsight_eager.ExtractError, "`nowhere`"),
+    ],
+)
+def test_what_cannot_be_done_there_is_a_sentence(refused, error, said, remote):
+    with pytest.raises(error) as caught:
+        refused(remote)
+    assert said in "\n".join((str(caught.value), *getattr(caught.value, "__notes__", ())))
+
+
+def _in_a_block(model, call):
+    with model.trace(PROMPT):
+        call()
+
+
+def test_a_run_that_is_over_says_so(remote):
+    with remote.trace(PROMPT) as tracer:
+        remote.transformer.h[0].output
+    for asked in (lambda: tracer.model.transformer.h[1].output, lambda: tracer._run.to_step(1)):
+        with pytest.raises(RunEndedError, match=r"This run has ended\."):
+            asked()
+    with pytest.raises(RuntimeError, match="The size of tensor|Given normalized_shape|shape"), remote.trace(PROMPT) as failed:
+        remote.transformer.h[0].output = torch.zeros(1, 2, 3)
+        remote.transformer.h[2].output
+    with pytest.raises(RunEndedError, match="This run has ended: its forward pass raised `RuntimeError`"):
+        failed.result  # noqa: B018
+    with pytest.raises(ZeroDivisionError), remote.trace(PROMPT) as left:
+        remote.transformer.h[0].output
+        1 / 0
+    with pytest.raises(RunEndedError, match="This run was closed before its end, so it has no result"):
+        left.result  # noqa: B018
+
+
+def test_what_is_there_already_travels_by_name_and_what_is_not_is_named(remote):
+    from nnsight_eager.remote.addresses import Paths
+
+    paths = Paths(remote._module)
+    assert paths.name(remote._module.lm_head) == ("module", "lm_head")
+    assert paths.name(torch.nn.Linear(1, 1)) is None
+    with pytest.raises(RemoteError, match="`Linear` is not in the model where it runs"):
+        paths.path(torch.nn.Linear(1, 1))
+    with pytest.raises(RemoteError, match=r"The model has no `transformer\.other` where it runs"):
+        paths.module("transformer.other")
+
+
+def test_a_tensor_that_arrives_under_inference_mode_can_be_changed_and_counted():
+    from nnsight_eager.remote.packing import packed, unpacked
+
+    with torch.inference_mode():
+        arrived = unpacked(packed(torch.ones(2)))
+    before = arrived._version
+    arrived.add_(1)
+    assert arrived._version == before + 1
+
+
+def test_what_only_this_process_can_import_is_sent_by_value_where_it_has_to_be():
+    from remote_in_process import travelled
+
+    from nnsight_eager.remote.packing import packed, unpacked
+
+    assert unpacked(travelled(packed({"function": lambda x: x + 1}, by_value=False)))["function"](1) == 2

@@ -128,6 +128,13 @@ class RemoteHeld(Shown, RemoteTrace):
         self.finish()
         self._run.result = value
 
+    @property
+    def model(self) -> Envoy:
+        """The model's tree bound to this run."""
+        view = super().model
+        view._tree.held = weakref.ref(self)
+        return view
+
     def where(self) -> Any:
         """Where the run is paused, as the server shows it."""
         return self._run.look("look", "where")

@@ -25,7 +25,7 @@ class Lane:
     def __init__(self) -> None:
         self.runs = 0
         """How many runs live here."""
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Job] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="nnsight_eager lane", daemon=True)
         self._thread.start()
 
@@ -38,19 +38,15 @@ class Lane:
             return value
         raise value
 
-    def end(self) -> None:
-        """End the thread once it has done what it was told before."""
-        self._jobs.put(None)
-
     def _work(self) -> None:
         torch.set_grad_enabled(False)  # gradients do not travel: a graph would be memory that nobody can use
-        while (job := self._jobs.get()) is not None:
-            function, args, answer = job
+        while True:
+            function, args, answer = self._jobs.get()
             try:
                 answer.put((True, function(*args)))
             except BaseException as error:
                 answer.put((False, error))
-            del job, function, args, answer  # nothing of it is kept while the lane is idle
+            del function, args, answer  # nothing of it is kept while the lane is idle
 
 
 class Lanes:
@@ -69,9 +65,3 @@ class Lanes:
         """Nothing lives there any more."""
         with self._lock:
             self._idle.append(lane)
-
-    def end(self) -> None:
-        """End every lane that is idle."""
-        with self._lock:
-            while self._idle:
-                self._idle.pop().end()

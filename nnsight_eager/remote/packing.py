@@ -48,11 +48,6 @@ class Packed(NamedTuple):
     marks: list[Hashable]
     """What each tensor is called on the side that has packed it; `None` where it has no name there."""
 
-    @property
-    def nbytes(self) -> int:
-        """How large the tensors are."""
-        return sum(each.raw().nbytes for each in self.memory)
-
 
 Marks = Callable[[torch.Tensor], tuple[Hashable, bool]]
 """Gives what a tensor is called here, and whether its memory is to be sent."""

@@ -129,10 +129,6 @@ class RemoteRun:
         """Have the owner of `part` call its parts apart from here on, before any of them is asked for."""
         self._before.append(("listen", (self._paths.address(part),)))
 
-    def view(self, path: str) -> Callable[[Any, str], Any]:
-        """What whoever asks sees of a value: all of it."""
-        return lambda whole, kind: whole
-
     def runs_on(self, stack: Any) -> bool:
         """No stack of this process is one of the run's."""
         return False

@@ -67,7 +67,7 @@ class Server:
         self._weights = weights_of(model._module)
         self._turns = Turns()
         self._lanes = Lanes()
-        self._sessions = Sessions(limits, self._view, self._close)
+        self._sessions = Sessions(limits, self._view, self._close, self._forget)
         self._life = uuid.uuid4().hex
         self._progress: dict[tuple[int, int], tuple[int, int, str]] = {}
         threading.Thread(target=self._watch, name="nnsight_eager watch", daemon=True).start()
@@ -330,6 +330,10 @@ class Server:
         view = self._model._view()
         view._tree.forward = partial(QueuedForward, partial(self._turn, session))
         return view  # type: ignore[return-value]
+
+    def _forget(self, session: Session) -> None:
+        """Nobody will wait for turns under this name any more."""
+        self._turns.forget(_queued(session))
 
     def _watch(self) -> None:
         """Close what nobody will ask for any more."""

@@ -129,11 +129,18 @@ class Session:
 class Sessions:
     """All clients of a server."""
 
-    def __init__(self, limits: Limits, view: Callable[[Session], NNsight], close: Callable[[Session, int, str], None]) -> None:
-        """`view` gives a client's view of the model, and `close` ends one of its runs, on whatever lane that is."""
+    def __init__(
+        self,
+        limits: Limits,
+        view: Callable[[Session], NNsight],
+        close: Callable[[Session, int, str], None],
+        gone: Callable[[Session], None],
+    ) -> None:
+        """`view` gives a client's view of the model, `close` ends one of its runs, on whatever lane that is; then it is `gone`."""
         self.limits = limits
         self._view = view
         self._close = close
+        self._gone = gone
         self._numbers = itertools.count(1)
         self._sessions: dict[int, Session] = {}
 
@@ -175,3 +182,4 @@ class Sessions:
         for run in [*session.seats]:
             self._close(session, run, "was closed: its client has given no sign of life")
         session.refs.clear()
+        self._gone(session)
