@@ -149,7 +149,7 @@ class Coroutine:
         if its_own:
             tracer.concur_id_func = getcurrent  # type: ignore[union-attr]  # from here on each stack has its own
         try:
-            return self.resume()
+            return Coroutine.resume(self)  # what else a kind of coroutine does before it goes on it has done
         finally:
             self._traced = False
             if its_own:

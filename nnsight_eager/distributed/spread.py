@@ -112,7 +112,7 @@ class Together(Forward):
 
     def resume(self) -> Any:
         """Go on until the next pause, as all ranks do."""
-        if not (self._closing or self._traced):
+        if not self._closing:
             at = self.together.at
             self.together.spread.ranks.agree(self._asked(), values=0.0 if at is None else at.told_of_edits())
         return super().resume()
