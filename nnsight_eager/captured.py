@@ -35,7 +35,9 @@ class Captured:
         self._entering = frame, statement, Skipping(frame)
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+    def __exit__(  # pragma: no cover: nothing is traced until the user's frame goes on
+        self, kind: Any, error: BaseException | None, traceback: Any
+    ) -> bool:
         entering, self._entering = self._entering, None
         assert entering is not None
         frame, (target, block), skipping = entering
@@ -60,7 +62,7 @@ class Captured:
     def _refused(self) -> None:
         """The block cannot be taken."""
 
-    def _entered(self) -> Any:
+    def _entered(self) -> Any:  # pragma: no cover: called where nothing is traced until the user's frame goes on
         """What the `as` target gets."""
         return self
 

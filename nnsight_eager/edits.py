@@ -99,10 +99,12 @@ class EditBlock(Captured):
         self._edit.store(label_of(function), lambda: function)
         return self._target
 
-    def _entered(self) -> Any:
+    def _entered(self) -> Any:  # pragma: no cover: called where nothing is traced until the user's frame goes on
         return self._target
 
-    def _take(self, block: Block, frame: FrameType) -> None:
+    def _take(  # pragma: no cover: called where nothing is traced until the user's frame goes on
+        self, block: Block, frame: FrameType
+    ) -> None:
         names = Names(block, frame, alone, "an edit")
         names.leave_frame()
         label = f"edit ({frame.f_code.co_filename}, line {block.code.co_firstlineno})"

@@ -111,7 +111,9 @@ class Invoke(Captured):
     def _refused(self) -> None:
         self._invokes.made.remove(self)  # its input may be given to another form
 
-    def _take(self, block: Block, frame: FrameType) -> None:
+    def _take(  # pragma: no cover: called where nothing is traced until the user's frame goes on
+        self, block: Block, frame: FrameType
+    ) -> None:
         self.body = body = Body(self._run_block, self.label)
         self.names = names = Names(block, frame, body.wait_until, self.label)
         names.frame = lambda: body.frame

@@ -35,7 +35,9 @@ class Names(dict[str, Any]):
     with `__missing__` as globals is not asked by a class body; CPython 3.11 to 3.13.)
     """
 
-    def __init__(self, block: Block, frame: FrameType, wait: Callable[[Callable[[], bool], str], None], label: str) -> None:
+    def __init__(  # pragma: no cover: called where nothing is traced until the user's frame goes on
+        self, block: Block, frame: FrameType, wait: Callable[[Callable[[], bool], str], None], label: str
+    ) -> None:
         """Take what the body may look up from the frame as it is now; `wait` pauses the body until something holds."""
         super().__init__(vars(builtins))
         self._block, self._wait = block, wait
@@ -73,7 +75,7 @@ class Names(dict[str, Any]):
             around, module = self._around, self._module
             self._around = {n: v for n, v in around.items() if n in fixed or module.get(n, around) is not v}
 
-    def leave_frame(self) -> None:
+    def leave_frame(self) -> None:  # pragma: no cover: called where nothing is traced until the user's frame goes on
         """Keep what the body may look up and nothing else of the frame: nothing will be bound there."""
         self._frame = None
         self._around = {name: self._around[name] for name in self._needed.intersection(self._around)}

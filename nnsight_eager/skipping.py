@@ -32,7 +32,7 @@ class Skipping:
         if not self._asks_frames():
             sys.settrace(_nothing)
 
-    def end(self, error: BaseException | None) -> bool:
+    def end(self, error: BaseException | None) -> bool:  # pragma: no cover: it puts back whatever traces
         """Put back whatever traced the frame before; whether `error` is what left the body out."""
         sys.settrace(None)
         tracing, own, opcodes, lines = self._before
@@ -50,7 +50,7 @@ class Skipping:
         """Whether a trace function is in force that has each frame's own one called; one written in C need not."""
         return isinstance(self._before[0], (FunctionType, MethodType))
 
-    def _go_on(self, frame: FrameType, event: str, value: Any) -> Any:
+    def _go_on(self, frame: FrameType, event: str, value: Any) -> Any:  # pragma: no cover: a trace function itself
         """Put back what traced the frame when it goes on itself."""
         tracing, own, opcodes, _ = self._before
         frame.f_trace_opcodes = opcodes
@@ -58,7 +58,7 @@ class Skipping:
         follower: Any = own or tracing
         return follower if event == "opcode" and not opcodes else follower(frame, event, value)
 
-    def _look(self, _: FrameType, event: str, __: Any) -> Any:
+    def _look(self, _: FrameType, event: str, __: Any) -> Any:  # pragma: no cover: a trace function itself
         if event == "opcode":
             raise self._raised
         self.end(None)  # entering has failed, and no `__exit__` will come

@@ -195,7 +195,7 @@ class Settings:
         _C._set_torch_function_state(self.torch_function)  # type: ignore[attr-defined]
         default_device.CURRENT_DEVICE = self.default_device
         set_compiler_callback(self.compiler)
-        if self.cuda is not None:
+        if self.cuda is not None:  # pragma: no cover: needs CUDA
             torch.cuda.set_device(self.cuda[0])
             torch.cuda.set_stream(self.cuda[1])
         for pack_and_unpack in self.saved_tensor_hooks:
@@ -289,6 +289,6 @@ def _autocast_nesting() -> int:
     return close_autocast()
 
 
-def _cuda_place() -> tuple[int, Any]:
+def _cuda_place() -> tuple[int, Any]:  # pragma: no cover: needs CUDA
     """The current CUDA device and stream."""
     return torch.cuda.current_device(), torch.cuda.current_stream()

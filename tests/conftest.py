@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported, which some tests do before they connect
 
 from collections.abc import Callable
 from pathlib import Path

@@ -35,7 +35,8 @@ def session(tmp_path):
     def run(*commands):
         script = tmp_path / "script.py"
         script.write_text(SCRIPT)
-        return run_python(script, stdin="\n".join([*commands, ""]), folder=tmp_path, COLUMNS="160")
+        unmeasured = {"COVERAGE_PROCESS_CONFIG": ""}  # what traces where no debugger does is asked for
+        return run_python(script, stdin="\n".join([*commands, ""]), folder=tmp_path, COLUMNS="160", **unmeasured)
 
     return run
 

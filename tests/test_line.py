@@ -109,7 +109,7 @@ def test_a_server_that_was_started_anew_lets_the_client_in_anew_and_loses_only_w
 
 def test_what_a_server_that_was_started_anew_does_not_know_is_lost():
     line = line_to(handled=[("unknown", None), ("returned", 5)])
-    with pytest.raises(ServerLostError, match="with it what `handled` was to do. Ray says: it was started anew"):
+    with pytest.raises(ServerLostError, match=r"with it what `handled` was to do\. Ray says: it was started anew"):
         line.call("handled")
     assert line.call("handled") == 5
     assert [call for call in line._actor.called if call[0] == "handled"] == [("handled", 1), ("handled", 2)]

@@ -692,9 +692,17 @@ def test_a_function_of_a_client_that_is_gone_is_ended(remote, server):
 @pytest.mark.parametrize(
     ("refused", "error", "said"),
     [
-        (lambda model: model.trace(PROMPT, fn=len).__enter__(), RemoteError, "`fn=len` cannot be sent.\nName a method of the model"),
+        (
+            lambda model: model.trace(PROMPT, fn=len).__enter__(),
+            RemoteError,
+            "`fn=len` cannot be sent.\nName a method of the model",
+        ),
         (lambda model: _in_a_block(model, lambda: model.transformer.h[0](1, hook=True)), RemoteError, "Leave `hook=True` away"),
-        (lambda model: _in_a_block(model, lambda: model.lm_head(torch.ones(3))), RuntimeError, "cannot be multiplied (1x3 and 32x320)"),
+        (
+            lambda model: _in_a_block(model, lambda: model.lm_head(torch.ones(3))),
+            RuntimeError,
+            "cannot be multiplied (1x3 and 32x320)",
+        ),
         (lambda model: model.trace(PROMPT).start().to(3), RemoteError, "`3` names no point.\nGive an envoy or a path."),
         (lambda model: model.trace(PROMPT).start().stop(), nnsight_eager.RunError, "`run.close()` abandons it."),
         (lambda model: model.trace().start(), nnsight_eager.RunError, 'Write `model.trace("...").start()`.'),
@@ -718,16 +726,16 @@ def test_a_run_that_is_over_says_so(remote):
     for asked in (lambda: tracer.model.transformer.h[1].output, lambda: tracer._run.to_step(1)):
         with pytest.raises(RunEndedError, match=r"This run has ended\."):
             asked()
-    with pytest.raises(RuntimeError, match="The size of tensor|Given normalized_shape|shape"), remote.trace(PROMPT) as failed:
+    with pytest.raises(RuntimeError, match="normalized_shape"), remote.trace(PROMPT) as failed:
         remote.transformer.h[0].output = torch.zeros(1, 2, 3)
         remote.transformer.h[2].output
     with pytest.raises(RunEndedError, match="This run has ended: its forward pass raised `RuntimeError`"):
-        failed.result  # noqa: B018
+        failed.result
     with pytest.raises(ZeroDivisionError), remote.trace(PROMPT) as left:
         remote.transformer.h[0].output
         1 / 0
     with pytest.raises(RunEndedError, match="This run was closed before its end, so it has no result"):
-        left.result  # noqa: B018
+        left.result
 
 
 def test_what_is_there_already_travels_by_name_and_what_is_not_is_named(remote):

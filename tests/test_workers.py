@@ -1,4 +1,4 @@
-"""An extraction by several workers: who makes which shard, and what becomes of it where workers die. No cluster: they are here."""
+"""An extraction by several workers, here without a cluster: who makes which shard, and what becomes of it where workers die."""
 
 import filecmp
 from importlib.util import find_spec

@@ -19,7 +19,7 @@ SKIPPED: Final = ["nnsight_eager*", "torch.nn.modules.module", "torch._dynamo*",
 """The modules whose lines are not the model's own."""
 
 
-def walk_into_code(run: Run, visit: Visit) -> Visit | None:
+def walk_into_code(run: Run, visit: Visit) -> Visit | None:  # pragma: no cover: a debugger traces here, and nothing else
     """Go on to the next point; a debugger stops at the first line of the model that runs behind `visit`."""
     before, watchers = sys.gettrace(), visit.watchers
 
@@ -38,7 +38,7 @@ def walk_into_code(run: Run, visit: Visit) -> Visit | None:
             visit.watchers = watchers
 
 
-def debugger() -> type[pdb.Pdb]:
+def debugger() -> type[pdb.Pdb]:  # pragma: no cover: a debugger traces here, and nothing else
     """IPython's debugger in IPython, else pdb."""
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
         from IPython.core.debugger import Pdb
@@ -47,7 +47,7 @@ def debugger() -> type[pdb.Pdb]:
     return pdb.Pdb
 
 
-def of_the_model(kind: type[pdb.Pdb]) -> type[pdb.Pdb]:
+def of_the_model(kind: type[pdb.Pdb]) -> type[pdb.Pdb]:  # pragma: no cover: a debugger traces here, and nothing else
     """A debugger that stops on the stack it was made on, which is the model's, and on no other."""
 
     class DebuggerOfTheModel(kind):  # type: ignore[misc,valid-type]
@@ -76,6 +76,6 @@ def of_the_model(kind: type[pdb.Pdb]) -> type[pdb.Pdb]:
     return DebuggerOfTheModel
 
 
-def _is_skipped(frame: FrameType) -> bool:
+def _is_skipped(frame: FrameType) -> bool:  # pragma: no cover: a debugger traces here, and nothing else
     name = frame.f_globals.get("__name__", "")
     return any(fnmatch(name, pattern) for pattern in SKIPPED)

@@ -29,7 +29,7 @@ class Random:
     def put(self) -> None:
         """Have them go on from here."""
         torch.default_generator.set_state(self.states[0])
-        if len(self.states) > 1:
+        if len(self.states) > 1:  # pragma: no cover: needs CUDA
             torch.cuda.set_rng_state_all(self.states[1:])
 
     def same(self, other: "Random | None") -> bool:

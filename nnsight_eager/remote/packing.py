@@ -101,7 +101,7 @@ def unpacked(
     `there` gives what this side has under a name.
     """
     values = [tensor_of(memory, form) for memory, form in zip(sent.memory, sent.forms, strict=True)]
-    if device is not None and device.type not in ("cpu", "meta"):
+    if device is not None and device.type not in ("cpu", "meta"):  # pragma: no cover: needs CUDA
         values = [each.to(device) for each in values]
     if known is not None:
         for mark, value in zip(sent.marks, values, strict=True):
