@@ -212,3 +212,63 @@ def status(example, arguments):
         return example.main(arguments)
     except SystemExit as left:
         return left.code
+
+
+@pytest.fixture
+def deep(tmp_path, tokenizer):
+    """The folder of a Llama of as many layers as the session names."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {**SIZES["llama"], "num_hidden_layers": 22}
+    config = transformers.AutoConfig.for_model(
+        "llama", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0, **sizes
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deep")
+    tokenizer.save_pretrained(tmp_path / "deep")
+    return tmp_path / "deep"
+
+
+def test_the_session_is_drawn_with_what_a_shell_shows(deep, tmp_path, monkeypatch, capsys):
+    from nnsight_eager.examples import stepping
+
+    monkeypatch.setattr(stepping.demo, "folder", lambda: deep)
+    hook = sys.displayhook
+    assert stepping.main(["--out", str(tmp_path / "session.svg")]) == 0
+    assert sys.displayhook is hook
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith(">>> ")] == [
+        f">>> {line}" for line in stepping.SESSION.splitlines()
+    ]
+    model = LanguageModel(deep, dtype=torch.float32, dispatch=True)
+    prompt = model.tokenizer("The Eiffel Tower is in the city of", return_tensors="pt")
+    with torch.no_grad():
+        clean = model._module(**prompt).logits[0, -1].argmax()
+        handle = model._module.model.layers[21].mlp.register_forward_hook(lambda module, args, output: output * -4)
+        edited = model._module(**prompt).logits[0, -1].argmax()
+        handle.remove()
+    assert repr((model.tokenizer.decode(clean), model.tokenizer.decode(edited))) in printed
+    assert "paused at model.model.layers[6].input (LlamaDecoderLayer), step 0\n" in printed  # the first that is given the NaN
+    svg = (tmp_path / "session.svg").read_text()
+    assert svg.startswith("<svg")
+    assert "@font-face" not in svg  # which would be fetched by whoever looks at it
+    (tmp_path / "taken.svg").mkdir()
+    assert stepping.main(["--out", str(tmp_path / "taken.svg")]) == 1
+    assert f"`{tmp_path / 'taken.svg'}` cannot be written: Is a directory." in capsys.readouterr().err
+
+
+def test_an_interrupted_example_ends_as_shells_expect_and_a_model_without_a_tokenizer_is_a_sentence(
+    words, tmp_path, monkeypatch, capsys
+):
+    import shutil
+
+    shutil.copytree(words, bare := tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
+    assert status(logit_lens, ["--model", str(bare)]) == 1
+    assert f"`{bare}` has no tokenizer.\nName a folder that a tokenizer was saved into as well." in capsys.readouterr().err
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(logit_lens, "answers", interrupted)
+    assert status(logit_lens, ["--model", str(words), "--out", str(tmp_path / "figure.png")]) == 130
+    assert not (tmp_path / "figure.png").exists()

@@ -129,3 +129,12 @@ def test_on_a_platform_without_a_fence_the_function_is_called_plainly(monkeypatc
     monkeypatch.setattr(fence.platform, "machine", lambda: "riscv64")
     assert fence.build_fence()(lambda: "called") == "called"
     assert fence.build_fence() is fence.call_plainly
+
+
+def test_where_the_kernel_refuses_the_page_the_function_is_called_plainly(monkeypatch):
+    class Hardened:
+        def __init__(self, _):
+            self.mprotect = lambda *_: -1
+
+    monkeypatch.setattr(fence.ctypes, "CDLL", Hardened)
+    assert fence.build_fence() is fence.call_plainly

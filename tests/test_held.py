@@ -217,3 +217,77 @@ def test_a_trace_that_keeps_can_be_held_by_hand(gpt2):
     run.back_to("transformer.h.1")
     assert [each.size for each in run.edits] == [1.0]
     run.close()
+
+
+@pytest.mark.parametrize(
+    ("predicate", "says"),
+    [
+        ("has_inf", "2 of its 4 values are infinite"),
+        ("shape_is(1, None)", "its shape is [1, 4]"),
+        ("shape_is((1, 4))", "its shape is [1, 4]"),
+        ("shape_is(4)", ""),
+    ],
+)
+def test_a_run_goes_on_to_what_a_predicate_names(model, predicate, says):
+    import nnsight_eager
+
+    run = model.trace(X4).start()
+    run.to(model.h[0].lin)
+    model.h[0].lin.output[:, :2] = float("inf")
+    wanted = eval(predicate, vars(nnsight_eager))
+    if says:
+        run.until(wanted)
+        assert says in repr(run)
+        assert repr(run).startswith("paused at model.h[0].output (Block), step 0")
+    else:
+        run.until(wanted)
+        assert repr(run).startswith("forward of Stack: finished")
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        (lambda model: model.trace().start(), "A run held by hand has one input of its own, and this trace has none."),
+        (lambda model: model.trace(X4).start().stop(), "A run held by hand is in no block that could be left."),
+        (lambda model: model.trace(X4).start().to(model.h[0], "grad"), "A module has no 'grad' to go to."),
+        (lambda model: model.trace(keep=True).__enter__(), "`keep=True` is for a trace with one input of its own."),
+    ],
+)
+def test_what_a_held_run_cannot_do_is_a_sentence(model, refused, said):
+    from nnsight_eager import RunError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the run that nothing refers to any more
+        with pytest.raises(RunError) as caught:
+            refused(model)
+    assert str(caught.value).splitlines()[0] == said
+
+
+def test_the_result_of_a_held_run_can_be_replaced(model):
+    run = model.trace(X4).start()
+    run.step()
+    run.result = "mine"
+    assert run.finish() == "mine"
+    assert not run.model.h[0]._module.__dict__.get("forward")
+
+
+def test_a_forward_that_fails_before_its_first_module_leaves_nothing_behind():
+    from nnsight_eager import RunEndedError
+
+    class Failing(torch.nn.Module):
+        def forward(self, x):
+            raise ValueError("at once")
+
+    module = torch.nn.Sequential(Failing())
+    model = NNsight(module)
+    run = model.trace(X4).start().step()
+    with pytest.raises(ValueError, match="at once"):
+        run.step()
+    with pytest.raises((RunEndedError, ValueError)):
+        run.step()
+    run.close()
+    assert all("forward" not in vars(each) for each in module.modules())
+    assert model.trace  # and the model can be run again
+    with pytest.raises(ValueError, match="at once"):
+        model.trace(X4).start().finish()

@@ -114,6 +114,8 @@ REFUSED = [
         "MaskError",
         "`attention_mask` has shape [1, 1]; the input is [1, 2] ([batch, seq]).",
     ),
+    ({"inputs_embeds": torch.zeros(1, 0, 32)}, "InputError", "The input has no tokens: a tensor of shape [1, 0, 32]."),
+    ([[1, 2], ["three"]], "InputError", "The model was given `list`, which is not an input it knows."),
     (
         [{"role": "user", "content": "x"}],
         "InputError",

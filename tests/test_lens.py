@@ -118,3 +118,52 @@ def test_the_real_model_knows_where_the_eiffel_tower_is():
     with torch.no_grad():
         logits = model._module(**model.tokenizer(PROMPT, return_tensors="pt")).logits[0, -1]
     assert last.probabilities[0] == pytest.approx(logits.softmax(-1).max().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (RuntimeError("the model is broken"), 1, "nnsight_eager: RuntimeError: the model is broken\n"),
+    ],
+)
+def test_what_else_ends_the_command_is_its_status_and_no_traceback(monkeypatch, capsys, raised, status, said):
+    from nnsight_eager import __main__ as command
+
+    def broken(_):
+        raise raised
+
+    monkeypatch.setattr(command, "print_lens", broken)
+    assert main([PROMPT]) == status
+    assert capsys.readouterr().err == said
+
+
+AS_IN_RICH_13_0 = """
+import sys
+from rich.console import Console
+from nnsight_eager.__main__ import main
+
+def again(self):
+    raise  # later versions end the process here themselves
+
+Console.on_broken_pipe = again
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_reader_that_has_read_enough_ends_the_command_without_a_word(folder):
+    command = [sys.executable, "-u", "-c", AS_IN_RICH_13_0, PROMPT, "--model", str(folder("gpt2"))]
+    read, write = os.pipe()
+    os.close(read)  # as `| head -0` does
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(write)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+
+
+def test_a_model_without_a_tokenizer_is_a_sentence(folder, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(folder("gpt2"), tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
+    assert main([PROMPT, "--model", str(tmp_path / "bare")]) == 1
+    assert f"`{tmp_path / 'bare'}` has no tokenizer.\n" in capsys.readouterr().err

@@ -325,3 +325,27 @@ def test_reading_inside_a_checkpointed_module_leaves_the_gradient_right(use_reen
     (3 * stack.h[0](plain)).sum().backward()
     assert torch.equal(hidden, stack.h[0].lin(X4))
     assert torch.equal(x.grad, plain.grad)
+
+
+def test_in_one_process_the_local_points_are_the_points_themselves(gpt2):
+    block, attention = gpt2.transformer.h[1], gpt2.transformer.h[1].attn
+    with torch.no_grad(), gpt2.trace("The Eiffel Tower") as expected:
+        block.input = block.input * 2
+        attention.pattern = attention.pattern * 0.5
+        block.mlp.inputs = ((block.mlp.input + 1,), {})
+        block.mlp.output = block.mlp.output * 3
+        block.hidden = block.hidden - 1
+        gpt2.transformer.h[2].skip(gpt2.transformer.h[2].input)
+    with torch.no_grad(), gpt2.trace("The Eiffel Tower") as tracer:
+        local = block.local
+        local.input = block.local.input * 2
+        assert local.input is block.input
+        attention.local.pattern = attention.local.pattern * 0.5
+        assert attention.local.pattern is attention.pattern
+        args, _ = block.mlp.local.inputs
+        block.mlp.local.inputs = ((args[0] + 1,), {})
+        block.mlp.local.output = block.mlp.local.output * 3
+        local.hidden = local.hidden - 1
+        assert local.hidden is block.hidden
+        gpt2.transformer.h[2].local.skip(gpt2.transformer.h[2].local.input)
+    assert tracer.result.logits.equal(expected.result.logits)

@@ -126,3 +126,18 @@ def test_a_second_scan_is_refused_while_one_is_open_and_nothing_stays_fake(model
 def test_a_map_has_no_row_for_what_does_not_run(model):
     with pytest.raises(PathError, match="`unused` does not run"):
         model.map(X4)["unused"]
+
+
+def test_a_scan_that_cannot_begin_leaves_no_fake_mode(model, monkeypatch):
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    from nnsight_eager.trace import Trace
+
+    def broken(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trace, "__enter__", broken)
+    with pytest.raises(KeyboardInterrupt):
+        model.scan(torch.ones(1, 4)).__enter__()
+    assert _get_current_dispatch_mode() is None
+    assert type(torch.ones(1)) is torch.Tensor

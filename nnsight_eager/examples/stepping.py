@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnsight_eager import LanguageModel, demo, has_nan
+from nnsight_eager import HeldRun, LanguageModel, demo, has_nan
 from nnsight_eager.examples.command import loaded, refused
 
 SESSION = """\
@@ -46,6 +46,9 @@ def typed(model: LanguageModel, session: str) -> list[tuple[str, str]]:
             shell.push(line)
     finally:
         sys.displayhook = hook
+        for each in shell.locals.values():
+            if isinstance(each, HeldRun):
+                each.close()  # left behind it would say so
     return shown
 
 

@@ -136,7 +136,7 @@ class Sessions:
         close: Callable[[Session, int, str], None],
         gone: Callable[[Session], None],
     ) -> None:
-        """`view` gives a client's view of the model, `close` ends one of its runs on its lane, `gone` is told of who is gone."""
+        """`view` gives a client's view of the model, `close` ends one of its runs on its lane, `gone` is told who is gone."""
         self.limits = limits
         self._view = view
         self._close = close
