@@ -213,3 +213,13 @@ def test_a_position_that_is_not_there_is_a_sentence(gpt2):
     with pytest.raises(CacheError) as caught, gpt2.generate("The Eiffel", max_new_tokens=3) as tracer:
         tracer.cache("transformer.h.0", positions=1)
     assert str(caught.value).splitlines()[0] == "`positions=1` is not in [1, 1, 32] float32, whose positions are dimension 1."
+
+
+def test_a_generations_cache_shows_how_often_each_was_visited_and_what_is_left_out(model):
+    with model.trace(X4, fn="generate") as tracer:
+        cache = tracer.cache("h.0")
+    assert "visits" in repr(cache).splitlines()[1]
+    assert repr(cache).splitlines()[-1].split()[-1] == "3"
+    assert cache["h.0"]
+    with pytest.raises(CacheError, match="The cache has nothing of"):
+        cache.h.visits

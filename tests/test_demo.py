@@ -2,6 +2,7 @@
 
 import hashlib
 import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -121,7 +122,7 @@ def test_a_cache_that_cannot_be_written_and_a_missing_package_are_sentences(fetc
         "Name a folder with 1 GB of room in NNSIGHT_EAGER_CACHE."
     )
     (tmp_path / "cache").unlink()
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(nnsight_eager.LoadError, match="The demo model needs the package `gguf`"):
         demo.folder()
     assert not [*(tmp_path / "cache").iterdir()]

@@ -1136,3 +1136,52 @@ def test_an_encoder_is_read_in_its_invoke_before_the_steps(folder):
         encoded, steps = invoke.result
         assert close(encoded[:, : ids.shape[1]], model._module.encoder(ids).last_hidden_state)
         assert [each.shape[0] for each in steps] == [2, 2, 2]
+
+
+def test_what_is_asked_of_the_trace_in_the_wrong_place_is_a_sentence(model):
+    def barrier_outside(tracer):
+        tracer.barrier(2)()
+
+    def rows(tracer):
+        tracer.invoke(A, rows=1)
+
+    said = {rows: "`rows=1` is not known.", barrier_outside: "was read outside every invoke, and its trace has no input"}
+    for wrong, sentence in said.items():
+        with pytest.raises((InvokeError, OutsideTraceError)) as caught, model.trace() as tracer:
+            with tracer.invoke(A):
+                model.h[0].output
+            wrong(tracer)
+        assert sentence in str(caught.value)
+    assert repr(model.trace().barrier(2)) == "tracer.barrier(2): 0 waiting"
+
+
+def test_a_barrier_of_invokes_that_run_one_after_another_holds_nobody_up(model):
+    seen = []
+    with model.trace(batched=False) as tracer:
+        meet = tracer.barrier(2)
+        for given in (A, B):
+            with tracer.invoke(given):
+                seen.append(model.h[0].output)
+                meet()
+                seen.append(model.h[1].output)
+    expected = [
+        each for given in (A, B) for each in hooked(model._module, lambda given=given: model._module(given), "h.0", "h.1")
+    ]
+    assert all(one.equal(other[0]) for one, other in zip(seen, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["async", "generator", "with an argument"])
+def test_a_callable_object_that_would_not_run_when_it_is_called_is_refused(model, kind):
+    class Async:
+        async def __call__(self): ...
+
+    class Generator:
+        def __call__(self):
+            yield
+
+    class Argument:
+        def __call__(self, needed): ...
+
+    made = {"async": Async().__call__, "generator": Generator().__call__, "with an argument": Argument()}[kind]
+    with pytest.raises(InvokeError), model.trace() as tracer:
+        tracer.invoke(A, made)

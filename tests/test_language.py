@@ -254,3 +254,53 @@ def test_a_model_runs_on_what_its_class_takes():
     assert torch.allclose(logits, expected, atol=1e-6)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     assert torch.equal(model.generate(one, **options).result, model._module.generate(input_features=one, **options))
+
+
+def test_what_a_generation_returns_can_be_replaced_and_says_what_it_is(gpt2):
+    with gpt2.generate("The Eiffel Tower", max_new_tokens=2, do_sample=False) as tracer:
+        ids = gpt2.generator.output
+        gpt2.generator.output = ids + 1
+    assert tracer.result.equal(ids + 1)
+    assert repr(gpt2.generator) == "model.generator: its `output` is what `model.generate(...)` returns"
+
+
+def test_another_method_is_traced_with_what_it_is_given(gpt2):
+    def forward_twice(input_ids):
+        return gpt2._module(gpt2._module(input_ids).logits.argmax(-1)).logits
+
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), gpt2.trace(ids, fn=forward_twice) as tracer:
+        first = gpt2.transformer.h[0].output
+        second = gpt2.transformer.h[0].next().output
+    with torch.no_grad():
+        expected = gpt2._module(gpt2._module(ids).logits.argmax(-1)).logits
+    assert tracer.result.equal(expected)
+    assert not first.equal(second)
+
+
+def test_remote_code_is_trusted_only_where_that_is_said(folder):
+    assert "trust_remote_code" not in LanguageModel(folder("gpt2"))._source.options
+    assert LanguageModel(folder("gpt2"), trust_remote_code=True)._source.options["trust_remote_code"] is True
+
+
+def test_weights_that_are_not_there_are_a_sentence(folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder("gpt2"), tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    model = LanguageModel(tmp_path / "bare")
+    with pytest.raises(nnsight_eager.LoadError) as caught:
+        model.dispatch()
+    assert f"`{tmp_path / 'bare'}` cannot be loaded" in str(caught.value)
+
+
+def test_an_architecture_that_no_automatic_class_has_is_loaded_as_what_it_is():
+    import transformers
+
+    from nnsight_eager.loading import automodel_for
+
+    config = transformers.GPT2Config(architectures=["GPT2DoubleHeadsModel"], **SIZE)
+    assert type(automodel_for(config).from_config(config)) is transformers.GPT2DoubleHeadsModel
+    assert automodel_for(transformers.GPT2Config(architectures=["Unknown"])) is transformers.AutoModelForCausalLM
+
+
+SIZE = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 10}

@@ -1,5 +1,6 @@
 """A model on a server, used from here; without a cluster, over a line that pickles all that goes over it."""
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -718,6 +719,74 @@ def test_what_cannot_be_done_there_is_a_sentence(refused, error, said, remote):
 def _in_a_block(model, call):
     with model.trace(PROMPT):
         call()
+
+
+def test_an_extraction_shows_how_far_it_has_come_and_a_text_that_is_not_there_is_named(remote, tmp_path, monkeypatch):
+    from nnsight_eager.remote import extracting
+
+    done = extracting._wait
+
+    class Slow:
+        """A function that ends when it has been looked at three times."""
+
+        looked = 0
+
+        @property
+        def progress(self):
+            from nnsight_eager.remote.jobs import Progress
+
+            return Progress(self.looked, 3, "tokens")
+
+        def done(self):
+            self.looked += 1
+            return self.looked > 3
+
+    monkeypatch.setattr(extracting, "LOOK", 0)
+    shown = []
+    monkeypatch.setattr(extracting, "progress", lambda *given: _noting(shown, given))
+    done(Slow())
+    assert shown == [("Extracting", 3, 0, "tokens"), 1, 1, 1]
+    stored = remote.extract([PROMPT, OTHER], ["transformer.h.0"], tmp_path / "there")
+    far = remote.activations(tmp_path / "there")
+    assert far.points == stored.points
+    assert far[-1].keys() == ["transformer.h.0"]
+    with pytest.raises(nnsight_eager.ExtractError, match=r"There are 2 texts; there is no \[2\]"):
+        far[2]
+
+
+@contextlib.contextmanager
+def _noting(shown, given):
+    shown.append(given)
+    yield shown.append
+
+
+def test_a_lost_run_is_repeated_as_often_as_is_said_and_then_told_of(remote, monkeypatch):
+    from nnsight_eager.remote.line import Lost
+
+    line = remote._tree.line
+    go, lost = line.go, []
+
+    def dies(message):
+        if lost:
+            raise lost.pop()
+        return go(message)
+
+    monkeypatch.setattr(line, "go", dies)
+    monkeypatch.setattr(line, "wait_until_back", lambda: None, raising=False)
+    with remote.trace(PROMPT):
+        expected = remote.transformer.h[1].output
+    with remote.trace(PROMPT, retries=2):
+        remote.transformer.h[0].output
+        lost.extend([Lost("once"), Lost("again")])
+        assert remote.transformer.h[1].output.equal(expected)
+    assert not lost
+    with pytest.raises(nnsight_eager.ServerLostError) as caught, remote.trace(PROMPT, retries=1):
+        lost.extend([Lost("for good"), Lost("at first")])
+        remote.transformer.h[0].output
+    assert str(caught.value).startswith(
+        "The actor `tiny` has died, and with it run 3 (`forward`), which had not come to a point."
+    )
+    assert "Ray says: for good." in str(caught.value)
 
 
 def test_a_run_that_is_over_says_so(remote):

@@ -141,3 +141,19 @@ def test_a_scan_that_cannot_begin_leaves_no_fake_mode(model, monkeypatch):
         model.scan(torch.ones(1, 4)).__enter__()
     assert _get_current_dispatch_mode() is None
     assert type(torch.ones(1)) is torch.Tensor
+
+
+def test_a_map_shows_visits_where_a_module_is_visited_more_than_once_and_counts_its_rows(model):
+    found = model.map(X4)
+    assert len(found) == 8
+    assert "visits" not in repr(found)
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.lin(self.lin(x))
+
+    assert repr(NNsight(Twice()).map(X4)).splitlines()[0].split()[-1] == "visits"
