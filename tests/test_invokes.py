@@ -1185,3 +1185,14 @@ def test_a_callable_object_that_would_not_run_when_it_is_called_is_refused(model
     made = {"async": Async().__call__, "generator": Generator().__call__, "with an argument": Argument()}[kind]
     with pytest.raises(InvokeError), model.trace() as tracer:
         tracer.invoke(A, made)
+
+
+def test_a_forward_that_fails_behind_the_last_read_of_an_invoke_in_place_is_an_error_at_its_block(model):
+    with (
+        pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught,
+        model.trace(batched=False) as tracer,
+        tracer.invoke(A),
+    ):
+        model.h[0].output = torch.ones(1, 3)
+    assert [entry.path.name for entry in caught.traceback if "nnsight_eager" in str(entry.path.parent)] == []
+    assert "Edited before: `model.h[0].output`" in "\n".join(caught.value.__notes__)

@@ -4,7 +4,10 @@ import re
 import time
 
 import pytest
+import torch
 from terminal import ipython
+
+from nnsight_eager import NNsight
 
 MODEL = """
 import torch
@@ -132,3 +135,38 @@ def test_the_tab_key_offers_the_paths_of_modules(tmp_path):
         tab.expect(r"1\.2\.inner")
         tab.send("inner \t")
         tab.expect("output")
+
+
+@pytest.mark.parametrize(
+    ("magic", "said"),
+    [
+        ("trace", 'Write the model and its input: `%trace model "The Eiffel Tower is in"`.'),
+        ("step two", "`%step` takes a number, and was given `two`."),
+        ("until", "Write what to stop at: `%until has_nan`, `%until norm_above(100)`."),
+        ("to", "Write one path: `%to transformer.h.5.mlp`, or `%to transformer.h.5.mlp input`."),
+    ],
+)
+def test_a_magic_that_lacks_a_word_says_what_to_write(shell, monkeypatch, magic, said):
+    from IPython.core.error import UsageError
+
+    from nnsight_eager.interactive.magics import load
+
+    load(shell)
+    run = NNsight(torch.nn.Linear(1, 1)).trace(torch.ones(1)).start()
+    monkeypatch.setitem(shell.user_ns, "run", run)
+    name, _, given = magic.partition(" ")
+    with pytest.raises(UsageError) as caught:
+        shell.run_line_magic(name, given)
+    assert str(caught.value) == said
+    run.close()
+
+
+def test_the_tab_key_behind_until_offers_what_can_be_stopped_at(shell):
+    from IPython.core.completer import provisionalcompleter
+
+    from nnsight_eager.interactive.magics import load
+
+    load(shell)
+    with provisionalcompleter():
+        offered = {each.text for each in shell.Completer.completions("%until has", len("%until has"))}
+    assert offered == {"has_nan", "has_inf"}
