@@ -3,9 +3,6 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Ray reads these when it is imported, which some tests do before they connect.
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 from collections.abc import Callable
 from pathlib import Path

@@ -88,7 +88,7 @@ def test_a_name_that_is_taken_or_unknown_is_a_sentence(ray):
 
     with pytest.raises(RemoteError, match="The cluster serves a model called `gpt2` already"):
         cluster.place(object, "gpt2", (), 1, 0)
-    with pytest.raises(RemoteError, match="The cluster serves no model called `other`; it serves `gpt2`"):
+    with pytest.raises(RemoteError, match=r"The cluster serves no model called `other`; it serves `gpt2`\."):
         cluster.found("other")
 
 
