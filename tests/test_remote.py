@@ -835,3 +835,17 @@ def test_what_only_this_process_can_import_is_sent_by_value_where_it_has_to_be()
     from nnsight_eager.remote.packing import packed, unpacked
 
     assert unpacked(travelled(packed({"function": lambda x: x + 1}, by_value=False)))["function"](1) == 2
+
+
+def test_a_run_that_cannot_begin_leaves_its_lane_to_the_next(remote, server):
+    with remote.trace(PROMPT):
+        handle = remote.transformer.h[0].output_ref
+    session = server._sessions[remote._tree.line.session.session]
+    session.refs.clear()
+    idle = len(server._lanes._idle)
+    with pytest.raises(RemoteError, match="What this handle is of is not kept any more"), remote.trace(inputs_embeds=handle):
+        remote.transformer.h[0].output
+    assert len(server._lanes._idle) == idle
+    assert not [seat for seat in session.seats.values() if not seat.ended]
+    with remote.trace(PROMPT):
+        assert remote.transformer.h[0].output.shape == handle.shape
