@@ -16,11 +16,11 @@ import torch
 from .aliases import Aliases
 from .compiled import CALL, Eagerly, tell
 from .errors import RunEndedError
-from .fast_paths import FAST, leave_where_seen
+from .fast_paths import FAST, Unfused
 from .inside import Apart, Part
 from .order import Order
 from .paths import modules_above, path_in, spelled
-from .taps import ABSENT, put_up, take_down, tap_at
+from .taps import ABSENT, put_innermost, put_up, take_down, tap_at
 from .visits import Between, Forward, RootVisit, Visit, is_compiled, not_compiled
 
 P = TypeVar("P", bound=Part)
@@ -70,8 +70,8 @@ class Memory:
 class Ears:
     """The ears of one run, by the identity of their module."""
 
-    __slots__ = ("_around", "_eagerly", "_forward", "_name", "_put_up", "_root", "_stack", "apart", "memory", "open", "order",
-        "visits")  # fmt: skip
+    __slots__ = ("_around", "_eagerly", "_forward", "_name", "_put_up", "_root", "_stack", "_unfused", "apart", "memory",
+        "open", "order", "visits")  # fmt: skip
 
     def __init__(self, root: torch.nn.Module, name: str, forward: Forward, memory: Memory) -> None:
         """No module listens yet. `name` is the kind of call, `memory` what earlier runs of this model have left."""
@@ -84,6 +84,7 @@ class Ears:
         self.visits, memory.visits = memory.visits, {}
         self.open = True
         self._put_up: list[Visit] = []
+        self._unfused: list[Unfused] = []
         self.apart: dict[Hashable, Apart] = {}
         self._eagerly = Eagerly()
         self._around: frozenset[int] | None = None
@@ -136,6 +137,7 @@ class Ears:
     def take_down(self) -> None:
         """Take every ear out of its module, and let owners call no part apart."""
         take_down(self._put_up)
+        take_down(self._unfused)
         self._eagerly.end()
         while self.apart:
             key = next(reversed(self.apart))
@@ -170,7 +172,8 @@ class Ears:
         elif CALL in visit.own or visit._original is not ABSENT:
             self._run_eagerly(visit)
         if isinstance(module, FAST):
-            leave_where_seen(visit, self.visits)
+            self._unfused.append(Unfused.of(module, self.visits))  # kept before it is put up, as above
+            put_innermost(self._unfused[-1], self._stack)
         if self.learning:
             return visit  # every module listens
         around = self.order.around.get(id(module))

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "aliases": {"errors", "paths"},
     "attention": {"errors", "inside", "paths", "taps"},
     "compiled": {"changes", "taps"},
-    "fast_paths": {"taps", "visits"},
+    "fast_paths": {"coroutine", "inside", "taps", "visits"},
     "ears": {"aliases", "compiled", "distributed.spread", "errors", "fast_paths", "inside", "order", "paths", "taps", "visits"},
     "distributed.__init__": set(),
     "distributed.first": set(),

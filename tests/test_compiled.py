@@ -174,3 +174,35 @@ def test_a_point_inside_the_fast_path_of_an_encoder_layer_is_what_a_hook_sees(x,
             kept = cache[path].hidden
             assert torch.allclose(kept, hooked, atol=1e-6)
         assert everything(model) == before
+
+
+def test_a_point_inside_the_fast_path_is_seen_by_each_of_two_runs_whichever_ends_first(x):
+    module = encoder()
+    model, layer = NNsight(module), module.layers[1]
+    with torch.no_grad():
+        before = everything(model)
+        for ends_first in (0, 1):
+            runs = [model.trace(x), model.trace(x * 2)]
+            for run in runs:
+                run.__enter__()
+                run.model.layers[1].input  # both listen at the layer
+            runs[ends_first].__exit__(None, None, None)
+            runs[1 - ends_first].model.layers[1].linear1.output *= 0
+            unread = runs[1 - ends_first].model.layers[1].norm2.input
+            runs[1 - ends_first].__exit__(None, None, None)
+            hidden = module.layers[0](x * 2 if ends_first == 0 else x)
+            hidden = layer.norm1(hidden + layer._sa_block(hidden, None, None))
+            assert torch.allclose(unread, hidden + layer.linear2(torch.zeros(2, 5, 16)), atol=1e-6)
+            assert everything(model) == before
+
+
+def test_operations_in_the_source_of_an_encoder_layer_are_met_beside_points_inside_it(x):
+    module = encoder()
+    model, layer = NNsight(module), module.layers[0]
+    with torch.no_grad():
+        with model.trace(x):
+            attended = model.layers[0].source.self__sa_block_1.output
+            inner = model.layers[0].linear1.output
+        want = layer._sa_block(x, None, None)
+        assert torch.allclose(attended, want, atol=1e-6)
+        assert torch.allclose(inner, layer.linear1(layer.norm1(x + want)), atol=1e-6)
