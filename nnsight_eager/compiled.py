@@ -49,15 +49,16 @@ class Eagerly:
                 innermost = innermost._original
             innermost.__wrapped__ = written_function(forward)
             return True
-        if put_aside(module, CALL):
-            self._aside.append(module)
+        self._aside.append(module)  # noted first: Ctrl-C may come in between
+        if put_aside(module, CALL, self):
             return True
+        self._aside.pop()
         return False
 
     def end(self) -> None:
         """Have compiled modules be called compiled again."""
         while self._aside:
-            put_forth(self._aside[-1], CALL)
+            put_forth(self._aside[-1], CALL, self)
             self._aside.pop()
 
 

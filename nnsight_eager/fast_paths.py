@@ -40,7 +40,7 @@ class Unfused(Tap):
         if current_stack() is not self.stack:
             return self.pass_through(args, kwargs)
         if any(ear.stack is self.stack and self._is_inside(ear) and _is_waited_for(ear) for ear in self._ears.values()):
-            with with_a_hook(self.module):
+            with with_a_hook(self):
                 return self.__wrapped__(*args, **kwargs)
         return self.__wrapped__(*args, **kwargs)
 

@@ -33,8 +33,8 @@ T = TypeVar("T", bound="Tap")
 ABSENT: Final = object()
 # Reentrant, since a collected run takes its taps out, and a collection can start in any line below.
 _lock: Final = threading.RLock()
-# What runs have put aside, which overlap on several threads: how many have, and the value. Empty where no run is open.
-_aside: Final[dict[tuple[int, str], tuple[int, Any]]] = {}
+# What runs have put aside, which overlap on several threads, and who has. Empty where no run is open.
+_aside: Final[dict[tuple[int, str], tuple[Any, set[object]]]] = {}
 global_forward_hooks: Final = torch_module._global_forward_hooks
 
 
@@ -251,35 +251,43 @@ def take_down(taps: Iterable[Tap]) -> None:
 
 
 @contextlib.contextmanager
-def with_a_hook(module: torch.nn.Module) -> Iterator[None]:
-    """While the block runs the module has a forward hook, which does nothing."""
-    handle = module.register_forward_hook(lambda *_: None)
+def with_a_hook(tap: Tap) -> Iterator[None]:
+    """While the block runs the tap's module has a forward hook, which does nothing."""
+    hooks = tap.module._forward_hooks
+    handle = RemovableHandle(hooks)
+    # Noted first and forgotten last: after an interrupt in between, the tap takes the hook with it.
+    pending = tap.pending = tap.pending or []
+    pending.append(handle.remove)
     try:
+        hooks[handle.id] = lambda *_: None
         yield
     finally:
         handle.remove()
+        pending.remove(handle.remove)
 
 
-def put_aside(module: torch.nn.Module, name: str) -> bool:
-    """Have an attribute of the module itself be `None` until it is put forth as often; whether it has such a one."""
+def put_aside(module: torch.nn.Module, name: str, user: object) -> bool:
+    """Have an attribute of the module itself be `None` until all its users put it forth; whether it has such a one."""
     own = module.__dict__
     with _lock:
-        count, value = _aside.get((id(own), name), (0, own.get(name)))
+        value, users = _aside.get((id(own), name), (own.get(name), set[object]()))
         if value is not None:
-            _aside[id(own), name] = count + 1, value
+            users.add(user)
+            _aside[id(own), name] = value, users  # before it is taken out: Ctrl-C may come in between
             own[name] = None
     return value is not None
 
 
-def put_forth(module: torch.nn.Module, name: str) -> None:
-    """Put back what was put aside, if nobody else has it aside."""
+def put_forth(module: torch.nn.Module, name: str, user: object) -> None:
+    """Put back what `user` has put aside, if nobody else has it aside; done twice, it changes nothing."""
     own = module.__dict__
     with _lock:
-        count, value = _aside.pop((id(own), name))
-        if count > 1:
-            _aside[id(own), name] = count - 1, value
-        elif own.get(name) is None:
-            own[name] = value
+        value, users = _aside.get((id(own), name), (None, set[object]()))
+        users.discard(user)
+        if not users and value is not None:
+            if own.get(name) is None:
+                own[name] = value
+            del _aside[id(own), name]
 
 
 def exchange(module: torch.nn.Module, name: str, value: Any) -> Any:
