@@ -23,7 +23,7 @@ CALL: Final = "_compiled_call_impl"
 """Where `module.compile()` keeps what `module(...)` calls instead."""
 
 ORIGINAL: Final = "_torchdynamo_orig_callable"
-"""Where what `torch.compile` gives keeps what it was given; so does `torch._dynamo.disable`, and `functools.wraps` copies it."""
+"""Where what `torch.compile` gives keeps what it was given; so does `torch._dynamo.disable`; `functools.wraps` copies it."""
 
 
 def keep_the_compiler_out() -> None:

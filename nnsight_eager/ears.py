@@ -202,7 +202,7 @@ class Ears:
         kind: Any = RootVisit if module is self._root else Visit
         if self.memory.between is not None:
             kind = self.memory.between.ear(kind)
-        visit = tap_at(kind(), module)
+        visit: Visit = tap_at(kind(), module)
         visit.rest()
         self.visits[id(module)] = visit  # whole before it is kept: Ctrl-C may come between any two lines
         return visit

@@ -19,7 +19,7 @@ import copy
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType, MethodType
+from types import FrameType
 from typing import Any, Final, TypeVar
 
 import torch
@@ -70,7 +70,7 @@ class Tap:
             called = _module_called(_torch_frame(sys._getframe(1)))
             # A shallow copy (a `DataParallel` replica) shares this very tap with the module it was copied from.
             if called is not None and called is not self.module and isinstance(called.__dict__.get("forward"), Tap):
-                forward = MethodType(type(called).forward, called)
+                forward = _forward_of_class(called)
         if self.stack is None:
             with _lock:
                 self._step_aside()
@@ -119,7 +119,7 @@ class Tap:
         if isinstance(original, Tap) and original.module is not module:
             original = ABSENT  # shared with the module this one is a shallow copy of
         self._original = original
-        self.__wrapped__ = MethodType(type(module).forward, module) if original is ABSENT else original
+        self.__wrapped__ = _forward_of_class(module) if original is ABSENT else original
         module.__dict__["forward"] = self
 
     def _step_aside(self) -> None:
@@ -192,7 +192,7 @@ def _silent(module: torch.nn.Module, *original: Any) -> Tap:
     tap = Tap()
     tap.module, tap.own, tap.stack, tap.pending, tap.spent = module, module.__dict__, None, None, True
     tap._original = original[0] if original else ABSENT
-    tap.__wrapped__ = original[0] if original else MethodType(type(module).forward, module)
+    tap.__wrapped__ = original[0] if original else _forward_of_class(module)
     return tap
 
 
@@ -235,7 +235,17 @@ def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
     forward = module.__dict__.get("forward", ABSENT)
     while isinstance(forward, Tap):
         forward = forward._original
-    return MethodType(type(module).forward, module) if forward is ABSENT else forward
+    return _forward_of_class(module) if forward is ABSENT else forward
+
+
+def _forward_of_class(module: torch.nn.Module) -> Callable[..., Any]:
+    """What `module.forward` is without one of its own, found as Python finds it."""
+    kind = type(module)
+    forward = next(vars(each)["forward"] for each in kind.__mro__ if "forward" in vars(each))
+    try:
+        return forward.__get__(module, kind)  # type: ignore[no-any-return]
+    except AttributeError:  # of a traced module (torch 2.13)
+        return module.__getattr__("forward")  # type: ignore[return-value]
 
 
 def take_down(taps: Iterable[Tap]) -> None:

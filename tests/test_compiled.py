@@ -113,6 +113,17 @@ def test_inside_a_scripted_module_nothing_is_reached_and_that_is_said(x):
             assert torch.equal(model.block.output, want)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_two_runs_that_overlap_read_a_traced_module(x):
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.jit.trace(torch.nn.Linear(8, 8), x))
+    model = NNsight(module)
+    for _ in range(2):
+        with model.trace(x) as outer:
+            with model.trace(x * 2) as inner:
+                assert torch.equal(inner.model[1].output, module(x * 2))
+            assert torch.equal(outer.model[1].output, module(x))
+
+
 class Attends(torch.nn.Module):
     def __init__(self):
         super().__init__()
