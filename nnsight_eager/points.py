@@ -8,9 +8,10 @@ Each property is annotated exactly `-> torch.Tensor`: with any other annotation,
 see what it has, and so runs the model (IPython 9.18).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd.graph import GradientEdge
@@ -24,6 +25,22 @@ from .paths import PATTERN, spelled
 from .run import Run
 from .tracebacks import at_the_users_line
 from .visits import FIRST, INPUT, NEXT, NEXT_IN_STEP, OUTPUT, Kind, Visit, Which
+
+S = TypeVar("S", bound="Points")
+
+
+def _read(getter: Callable[[S], torch.Tensor]) -> Callable[[S], torch.Tensor]:
+    """The getter of a point, whose errors begin at the user's line and are told to `_failed`."""
+
+    @wraps(getter)
+    def read(points: S) -> torch.Tensor:
+        try:
+            return getter(points)
+        except BaseException as error:
+            points._failed(error)
+            raise
+
+    return read
 
 
 class Points:
@@ -40,6 +57,10 @@ class Points:
         """The visit asked for: the run is paused at it when this returns."""
         return self._run().ask(self._module, kind, self._path)
 
+    def _failed(self, error: BaseException) -> None:
+        """A point could not be read: what every error goes through on its way to the user's line."""
+        error.__traceback__ = without_our_frames(error.__traceback__)
+
     @property
     def output(self) -> torch.Tensor:
         """What the module returns: `hidden = layer.output`, `layer.output = hidden * 0`.
@@ -47,11 +68,11 @@ class Points:
         It is what the calling module receives, after forward hooks, in the type the module returned: a tensor, a tuple, a
         model output. Raises `OutOfOrderError`, `NotReachedError` or `OutsideTraceError` at the line that asked.
         """
-        try:  # as `at_the_users_line` does, without the cost of another call: this is the hot path
+        try:  # as `_read` does, without the cost of another call: this is the hot path
             visit = self._visit(OUTPUT)
             return visit.part(visit.value, OUTPUT)  # type: ignore[no-any-return]
         except BaseException as error:
-            error.__traceback__ = without_our_frames(error.__traceback__)
+            self._failed(error)
             raise
 
     @output.setter
@@ -60,7 +81,7 @@ class Points:
         self._run().replace(self._visit(OUTPUT), value, self._path)
 
     @property
-    @at_the_users_line
+    @_read
     def input(self) -> torch.Tensor:
         """The module's first positional argument, else its first keyword argument: `layer.input`, `layer.input = x`.
 
@@ -81,7 +102,7 @@ class Points:
         self._run().replace(visit, new, self._path)
 
     @property
-    @at_the_users_line
+    @_read
     def inputs(self) -> torch.Tensor:
         """All the module's arguments, `(args, kwargs)`: `(hidden, *rest), keywords = layer.inputs`."""
         visit = self._received()
@@ -98,7 +119,7 @@ class Points:
         self._run().replace(self._entering("inputs"), (tuple(value[0]), value[1]), self._path)
 
     @property
-    @at_the_users_line
+    @_read
     def hidden(self) -> torch.Tensor:
         """The first tensor of the output, whatever it is wrapped in: `[batch, seq, hidden]` for a transformer block.
 
@@ -120,7 +141,7 @@ class Points:
         self._run().replace(visit, with_first_tensor(visit.value, value), self._path)
 
     @property
-    @at_the_users_line
+    @_read
     def pattern(self) -> torch.Tensor:
         """The attention probabilities `[batch, head, query, key]` of an attention module, whatever the model computes it with.
 
@@ -143,7 +164,7 @@ class Points:
         return run.ask(pattern, OUTPUT, path, which), path
 
     @property
-    @at_the_users_line
+    @_read
     def output_grad(self) -> torch.Tensor:
         """The gradient of what the module gave (the first tensor of its output), in the block of a backward pass.
 

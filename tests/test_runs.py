@@ -329,6 +329,41 @@ def test_whatever_the_forward_raises_reaches_the_reader_as_it_is(model, kind, po
     assert is_as_before(model)
 
 
+READS = {
+    "next": lambda model: model.h[2].next().output,
+    "next input": lambda model: model.h[2].next().input,
+    "skip": lambda model: model.h[2].skip(X4),
+    "next skip": lambda model: model.h[2].next().skip(X4),
+    "local": lambda model: model.h[2].local.output,
+    "local skip": lambda model: model.h[2].local.skip(X4),
+    "written": lambda model: setattr(model.h[2], "output", X4),
+    "visits": lambda model: [*model.h[2].visits()],
+}
+
+
+class Mistake(AttributeError):
+    """One that a weak reference can follow."""
+
+
+@pytest.mark.parametrize("how", READS)
+def test_an_attribute_error_of_the_forward_reaches_the_reader_and_is_not_kept(model, how):
+    def fail(*_):
+        raise Mistake("in the forward")
+
+    handle = model._module.h[1].register_forward_pre_hook(fail)
+    with pytest.raises(Mistake) as caught, model.trace(X4):
+        READS[how](model)
+    handle.remove()
+    assert str(caught.value) == "in the forward"
+    assert caught.value.__notes__
+    gone = weakref.ref(caught.value)
+    caught = None
+    gc.collect()
+    assert gone() is None
+    with model.trace(X4):
+        assert torch.equal(model.h[2].output, model.head.input)
+
+
 def test_after_a_failed_forward_the_run_says_what_ended_it(model):
     with model.trace(X4) as tracer, contextlib.ExitStack() as ended:
         model.h[1].output = torch.zeros(1, 5)
