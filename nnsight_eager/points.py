@@ -280,60 +280,71 @@ class LocalPoints:
         self._points = points
 
     @property
+    @at_the_users_line
     def output(self) -> torch.Tensor:
         """This rank's part of what the module returns."""
         with self._at(OUTPUT):
             return self._points.output
 
     @output.setter
+    @at_the_users_line
     def output(self, value: Any) -> None:
         with self._at(OUTPUT):
             self._points.output = value
 
     @property
+    @at_the_users_line
     def input(self) -> torch.Tensor:
         """This rank's part of the first argument."""
         with self._at(INPUT):
             return self._points.input
 
     @input.setter
+    @at_the_users_line
     def input(self, value: Any) -> None:
         with self._at(INPUT):
             self._points.input = value
 
     @property
+    @at_the_users_line
     def inputs(self) -> torch.Tensor:
         """This rank's part of all arguments, `(args, kwargs)`."""
         with self._at(INPUT):
             return self._points.inputs
 
     @inputs.setter
+    @at_the_users_line
     def inputs(self, value: Any) -> None:
         with self._at(INPUT):
             self._points.inputs = value
 
     @property
+    @at_the_users_line
     def hidden(self) -> torch.Tensor:
         """This rank's part of the first tensor of the output."""
         with self._at(OUTPUT):
             return self._points.hidden
 
     @hidden.setter
+    @at_the_users_line
     def hidden(self, value: Any) -> None:
         with self._at(OUTPUT):
             self._points.hidden = value
 
     @property
+    @at_the_users_line
     def pattern(self) -> torch.Tensor:
         """The pattern of this rank's heads."""
         with self._points._at_pattern()[0].local():
             return self._points.pattern
 
     @pattern.setter
+    @at_the_users_line
     def pattern(self, value: Any) -> None:
         with self._points._at_pattern()[0].local():
             self._points.pattern = value
 
+    @at_the_users_line
     def skip(self, value: Any) -> None:
         """Leave out the module's forward and go on with `value` as this rank's part of its output."""
         with self._at(INPUT):

@@ -217,7 +217,11 @@ class Envoy(Points):
         ours = getattr(type(self), name, None)
         child = name[:-1] if name.endswith("_") and self._has_child(name[:-1]) else name
         if name.startswith("_") or isinstance(ours, property) or (hasattr(type(self), name) and not callable(ours)):
-            object.__setattr__(self, name, value)
+            try:
+                object.__setattr__(self, name, value)
+            except BaseException as error:
+                error.__traceback__ = without_our_frames(error.__traceback__)
+                raise
         elif callable(ours):
             where = spelled(self._path, name)
             raise EditError(f"`{where}` is a method and cannot be assigned.", f"Call it: `{where}(...)`.")

@@ -341,6 +341,20 @@ READS = {
 }
 
 
+@pytest.mark.parametrize("name", ["output", "input", "inputs", "hidden", "pattern", "skip"])
+@pytest.mark.parametrize("local", [False, True])
+def test_an_error_of_a_point_shows_the_users_lines_alone_where_it_is_caught_in_the_block(model, name, local):
+    with model.trace(X4):
+        model.h[1].output
+        points = model.h[0].local if local else model.h[0]
+        for ask in (
+            (points.skip,) if name == "skip" else (lambda _: getattr(points, name), lambda new: setattr(points, name, new))
+        ):
+            with pytest.raises(NnsightEagerError) as caught:
+                ask(((X4,), {}))
+            assert {file for file, _ in frames_of(caught.value)} == {__file__}
+
+
 class Mistake(AttributeError):
     """One that a weak reference can follow."""
 
