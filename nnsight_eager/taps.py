@@ -134,7 +134,9 @@ class Tap:
             self._give_back(own)
         while isinstance(outer, Tap) and outer is not self:
             if outer._original is self:
-                outer._original, outer.__wrapped__ = self._original, self.__wrapped__
+                outer._original = self._original
+                if outer.__wrapped__ is self:  # at an operation it is the call in progress
+                    outer.__wrapped__ = self.__wrapped__
             outer = outer._original
         while isinstance(outer := own.get("forward"), Tap) and outer.stack is None:
             outer._give_back(own)  # one of ours that somebody saved and put back
