@@ -15,9 +15,10 @@ from .coroutine import without_our_frames
 from .current import current
 from .ears import Memory
 from .errors import EditError, NnsightEagerError, PathError, SourceError
+from .further import AtNextVisit
 from .outline import Outline, Row, Seen
 from .paths import matching, near, spelled
-from .points import AtNextVisit, Points
+from .points import Points
 from .run import Run
 from .source import Source, source_of
 from .visits import Forward, Kind, Visit
