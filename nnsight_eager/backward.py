@@ -32,16 +32,6 @@ _open: Final[ContextVar[tuple["Backward", ...]]] = ContextVar("nnsight_eager_bac
 """The blocks that are open in this context, on whatever stack: tasks share a stack, and bodies of a trace a context."""
 
 
-class _Begun(threading.local):
-    """The backward passes in the middle of which this thread's autograd is, outermost first."""
-
-    def __init__(self) -> None:
-        self.passes: list[Coroutine] = []
-
-
-_begun: Final = _Begun()
-
-
 class Arrival:
     """Where a backward pass is paused: at a node of the graph, with the gradients of what that node has made."""
 
@@ -76,6 +66,7 @@ class Backward:
         self._stack: Any = None
         self._at: Arrival | None = None
         self._hooks: dict[Node, Any] = {}
+        self._over = False
 
     def __enter__(self) -> "Backward":
         if self._pass.begun or self._stack is not None:
@@ -140,10 +131,10 @@ class Backward:
 
     def _go_on(self) -> None:
         self._at = None
-        passes = _begun.passes = [each for each in _begun.passes if not each.finished]
+        passes = _begun.passes = [each for each in _begun.passes if not each._pass.finished]
         if not self._pass.begun:
-            passes.append(self._pass)
-        elif passes[-1] is not self._pass:
+            passes.append(self)
+        elif passes[-1] is not self:
             raise RunError(
                 "Another backward pass has begun on this thread and is in the middle: autograd would run both together.",
                 "Read all gradients of a block without an `await` or a `yield` between them, or use threads.",
@@ -164,14 +155,36 @@ class Backward:
         )
 
     def _end(self) -> None:
-        """Close what is left of the pass, and take the hooks out of the graph."""
+        """Close what is left of the pass, and take the hooks out of the graph.
+
+        Autograd keeps one stack of passes a thread: one that another has begun inside of is closed when that other has ended.
+        """
         self._at = None
+        self._over = True
         try:
-            self._pass.close()
+            if self in _begun.passes:
+                _begun.close()
+            else:
+                self._pass.close()
         finally:
             for hook in self._hooks.values():
                 hook.remove()
             self._hooks = {}
+
+
+class _Begun(threading.local):
+    """The backward passes in the middle of which this thread's autograd is, outermost first."""
+
+    def __init__(self) -> None:
+        self.passes: list[Backward] = []
+
+    def close(self) -> None:
+        """Close those whose blocks have been left, as far as none that goes on is inside them."""
+        while self.passes and self.passes[-1]._over:
+            self.passes.pop()._pass.close()
+
+
+_begun: Final = _Begun()
 
 
 def _require_fit(value: Any, there: torch.Tensor | None, asked: str) -> None:

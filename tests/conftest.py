@@ -129,3 +129,10 @@ def one_torch_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_backward_pass_is_left():
+    """In the middle of one, autograd keeps it and its error on the thread until the process ends, and crashes there."""
+    yield
+    assert torch._C._current_graph_task_id() == -1
