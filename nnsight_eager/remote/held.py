@@ -99,7 +99,7 @@ class RemoteHeld(Shown, RemoteTrace):
         return self._again("restart")
 
     @at_the_users_line
-    def fork(self, *_: Any) -> "RemoteHeld":
+    def fork(self, *_: Any) -> "RemoteHeld":  # type: ignore[override]
         """A second run paused at the same place, with the same changes; its tree is `other.model`."""
         return RemoteHeld(self, self._run.fork())
 
