@@ -15,6 +15,7 @@ import torch
 
 from .aliases import Aliases
 from .compiled import CALL, ORIGINAL, Eagerly, keep_the_compiler_out, tell
+from .distributed.first import is_distributed
 from .errors import RunEndedError
 from .fast_paths import FAST, Unfused
 from .inside import Apart, Part
@@ -24,11 +25,6 @@ from .taps import ABSENT, put_innermost, put_up, take_down, tap_at
 from .visits import Between, Forward, RootVisit, Visit
 
 P = TypeVar("P", bound=Part)
-
-
-def is_distributed() -> bool:
-    """Whether this process is one of several that torch knows of."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Memory:

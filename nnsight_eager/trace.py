@@ -52,8 +52,7 @@ class Trace(OneOfRanks):
         Without a `call` the trace has no input of its own and is divided into invokes; without a `division` it cannot be.
         """
         self._tree, self._name = tree, name
-        self._call = call
-        self._division = division
+        self._call, self._division = call, division
         self._run: Run | None = None
         self._invokes: Invokes | None = None
         self._results: list[Any] | None = None
@@ -227,13 +226,16 @@ class Trace(OneOfRanks):
         in a padded batch they count padding, so count from the end where it is on the left.
         In an invoke the cache keeps the invoke's rows. Raises `PathError` for a path that names no module.
         """
-        cache = Cache(own=self._tree.memory.aliases.own)
         keep = Keep(device, dtype, detach, include_output, include_inputs, positions)
-        chosen = Envoy(self._tree.root, "", self._tree)._chosen(modules)
+        return self._keeping(Envoy(self._tree.root, "", self._tree)._chosen(modules), keep, modules is not None)
+
+    def _keeping(self, chosen: dict[str, torch.nn.Module], keep: Keep, named: bool) -> Cache:
+        """A cache of these modules from here on; `named` says that somebody has named them."""
+        cache = Cache(own=self._tree.memory.aliases.own)
 
         def watch(run: Run) -> None:
             for path, module in chosen.items():
-                run.watch(module, cache.watcher(path, keep, run.view(path), named=modules is not None))
+                run.watch(module, cache.watcher(path, keep, run.view(path), named=named))
 
         if self._run is None and self._invokes is not None:
             self._invokes.at_begin.append(watch)
