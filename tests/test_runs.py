@@ -11,7 +11,7 @@ import torch
 from small_models import X4, Stack, hooked
 
 from nnsight_eager import NNsight
-from nnsight_eager.errors import InputError, NnsightEagerError, RunEndedError, RunError
+from nnsight_eager.errors import InputError, InsideForwardError, NnsightEagerError, OutOfOrderError, RunEndedError, RunError
 
 
 @pytest.fixture
@@ -409,3 +409,23 @@ def test_a_session_is_plain_python_around_traces(model):
             model.h[1].output = hidden
             last = model.head.output
     assert torch.equal(last, model._module(X4))
+
+
+@pytest.mark.parametrize("further", [False, True])
+def test_a_point_that_the_forward_itself_asks_for_is_refused_there_and_reached_by_who_waits_for_it(model, further):
+    def ask(*_):
+        for read in (lambda: model.h[2].output, lambda: model.h[2].next().output, lambda: tracer.result):
+            with pytest.raises(InsideForwardError):
+                read()
+        refused.append(True)
+
+    refused = []
+    handle = model._module.h[1].register_forward_hook(ask)
+    with model.trace(X4) as tracer:
+        seen = model.h[2].next().output if further else model.h[2].output
+        with pytest.raises(OutOfOrderError):
+            model.h[0].output
+    handle.remove()
+    assert refused == [True]
+    ((want,),) = hooked(model._module, lambda: model._module(X4), "h.2")
+    assert torch.equal(seen, want)
