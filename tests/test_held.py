@@ -266,3 +266,15 @@ def test_going_back_to_an_operation_that_does_not_run_is_refused_and_the_run_sta
         run.back_to(model.source.torch_flip_0)
     assert repr(run).startswith("paused at model.lin.output ")
     assert torch.equal(run.finish(), model._module(X4))
+
+
+@pytest.mark.parametrize("part", [("attn", "pattern"), ("source.self_mlp_0",)])
+def test_in_a_generation_a_run_goes_on_to_a_part_in_each_step(gpt2, part):
+    run = gpt2.generate("The Eiffel Tower", max_new_tokens=3, min_new_tokens=3, do_sample=False).start()
+    name, *kind = part
+    steps = []
+    for _ in range(3):
+        run.to(f"transformer.h.1.{name}", *kind)
+        steps.append(int(repr(run).split("step ")[1].split()[0]))
+    assert steps == [0, 1, 2]
+    run.close()

@@ -348,7 +348,9 @@ class HeldRun(Shown, Trace):
     def _which(self, module: torch.nn.Module, kind: Kind) -> Which:
         """Which visit `to` means: the first in this step; behind that, in a generation, the next."""
         journal, run = self._recording.journal, self._run
-        last = journal.last.get((id(module), INPUT))
+        last = journal.last.get((id(module), INPUT)) or journal.last.get((id(module), OUTPUT))
+        if run.at is not None and run.at.module is module and run.at.kind is OUTPUT:
+            last = run.at.place  # of a part nobody may have heard that it began
         if last is None or last.step != run.step:
             return FIRST if last is None or not self._has_steps else NEXT
         going = any(each.visit.module is module and each.visit.kind is INPUT for each in journal.going)
