@@ -244,6 +244,8 @@ def _forward_of_class(module: torch.nn.Module) -> Callable[..., Any]:
     """What `module.forward` is without one of its own, found as Python finds it."""
     kind = type(module)
     forward = next(vars(each)["forward"] for each in kind.__mro__ if "forward" in vars(each))
+    if not hasattr(forward, "__get__"):
+        return forward  # type: ignore[no-any-return]
     try:
         return forward.__get__(module, kind)  # type: ignore[no-any-return]
     except AttributeError:  # of a traced module (torch 2.13)
