@@ -163,7 +163,7 @@ def test_the_script_of_the_readme_runs_under_torchrun(models, tmp_path):
     readme = (FOLDER / "README.md").read_text()
     block = next(each for each in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "tp_plan" in each)
     script = tmp_path / "script.py"
-    end = "torch.distributed.barrier()\ntorch.distributed.destroy_process_group()\n"  # as the text below it asks
+    end = "torch.distributed.barrier()\ntorch.distributed.destroy_process_group()\n"  # as the text below asks
     script.write_text(block.replace("meta-llama/Llama-3.1-8B", str(models / "llama")) + end)
     command = [
         sys.executable,
