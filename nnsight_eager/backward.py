@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, Final
 
 import torch
@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .compat import TensorPatch
 from .coroutine import Coroutine, current_stack, without_our_frames
-from .entering import is_entered
+from .entering import enters_call_of, is_entered
 from .errors import EditError, NotReachedError, OutOfOrderError, OutsideTraceError, RunEndedError, RunError
 from .nested import as_where_made, described
 
@@ -303,3 +303,24 @@ backward_blocks: Final = TensorPatch("backward", _backward)
 
 def _spelled(tensor: torch.Tensor) -> str:
     return f"The gradient of a tensor {described(tensor)}"
+
+
+class BackwardBlocks:
+    """Whether `with loss.backward():` waits for its block, in one trace."""
+
+    __slots__ = ("_allowed",)
+
+    def __init__(self) -> None:
+        self._allowed = False
+
+    def allow_in(self, *codes: CodeType) -> None:
+        """From now on it does, if any of this code says so."""
+        if not self._allowed and any(enters_call_of("backward", code) for code in codes):
+            backward_blocks.begin()
+            self._allowed = True
+
+    def end(self) -> None:
+        """It does no more, unless another trace is open."""
+        if self._allowed:
+            self._allowed = False
+            backward_blocks.end()
