@@ -751,7 +751,7 @@ def test_an_extraction_shows_how_far_it_has_come_and_a_text_that_is_not_there_is
     far = remote.activations(tmp_path / "there")
     assert far.points == stored.points
     assert far[-1].keys() == ["transformer.h.0"]
-    with pytest.raises(nnsight_eager.ExtractError, match=r"There are 2 texts; there is no \[2\]"):
+    with pytest.raises(IndexError, match=r"There are 2 texts; there is no \[2\]"):
         far[2]
 
 
