@@ -86,7 +86,7 @@ class Ears:
         self._put_up: list[Visit] = []
         self.apart: dict[Hashable, Apart] = {}
         self._eagerly = Eagerly()
-        self._around: frozenset[int] | None = None
+        self._around: frozenset[int] = frozenset()  # those around the last module that an ear was put up at: most share them
         self.order = memory.orders.get(name) or Order()
 
     def begin(self, several_steps: bool) -> None:
@@ -102,8 +102,20 @@ class Ears:
 
     def at(self, module: torch.nn.Module) -> Visit:
         """The ear at `module`, put up where there is none yet."""
-        visit = self.visits.get(id(module))
-        return visit if visit is not None and visit.forward is self._forward else self._listen(module, visit)
+        key = id(module)
+        visit = self.visits.get(key)
+        if visit is not None and visit.forward is self._forward:
+            return visit
+        if visit is None or visit.module is not module:
+            visit = self._new_ear(module)
+        visit.forward = self._forward
+        visit.step = -1
+        self._put_up.append(visit)
+        put_up(visit, self._stack)
+        around = self.order.around.get(key)
+        if around is not self._around or visit.is_unusual or CALL in visit.own or visit._original is not ABSENT:
+            self._listen_further(visit, around)
+        return visit
 
     def path_of(self, module: torch.nn.Module) -> str:
         """Where a module or a part stands, in the names the user has given."""
@@ -147,7 +159,7 @@ class Ears:
         for visit in self._put_up:
             if cut_short or visit.going_on or visit.stop_after or visit.stop_before:  # the last where the forward has failed
                 visit.rest()
-            visit.forward, visit.gave, visit.watchers = None, None, ()
+            visit.forward, visit.gave, visit.watchers = None, None, ()  # type: ignore[assignment]
             if visit.spent:
                 self.visits.pop(id(visit.module), None)
         self.memory.visits = self.visits
@@ -157,14 +169,9 @@ class Ears:
         self.open = False
         self._put_up, self.visits = [], {}
 
-    def _listen(self, module: torch.nn.Module, visit: Visit | None) -> Visit:
-        """Put up an ear at `module`, and at those around it, since their ends can be asked for from inside."""
-        if visit is None or visit.module is not module:
-            visit = self._new_ear(module)
-        visit.forward = self._forward
-        visit.step = -1
-        self._put_up.append(visit)
-        put_up(visit, self._stack)
+    def _listen_further(self, visit: Visit, around: frozenset[int] | None) -> None:
+        """Do at an ear what few need, and listen at the modules around it, since their ends can be asked for from inside."""
+        module = visit.module
         if isinstance(module, Part):
             self.of_part(module).hear(module, visit)
         elif CALL in visit.own or visit._original is not ABSENT:
@@ -172,14 +179,12 @@ class Ears:
         if isinstance(module, FAST):
             leave_where_seen(visit, self.visits)
         if self.learning:
-            return visit  # every module listens
-        around = self.order.around.get(id(module))
+            return  # every module listens
         if around is None:
             self._listen_at(modules_above(self._root, module))
         elif around is not self._around:
-            self._around = around
             self._listen_at(self.order.living(around))
-        return visit
+            self._around = around
 
     def _run_eagerly(self, visit: Visit) -> None:
         """Have a compiled module run as it is written, and say so the first time."""
@@ -202,5 +207,6 @@ class Ears:
             kind = self.memory.between.ear(kind)
         visit = tap_at(not_compiled(kind)() if self.memory.compiled else kind(), module)
         visit.rest()
+        visit.is_unusual = isinstance(module, (Part, FAST))
         self.visits[id(module)] = visit  # whole before it is kept: Ctrl-C may come between any two lines
         return visit

@@ -125,7 +125,7 @@ class Run:
         """The ear at the module, which the model has still to come by; an error where it will not."""
         at, forward = self.at, self._forward
         visit = self._ears.at(module)
-        if isinstance(module, Part):
+        if visit.is_unusual and isinstance(module, Part):
             self._expect_part(module, visit, kind, path, which)
         if visit.step == forward.step and not which and (not visit.going_on or kind is INPUT or visit.times > 1):
             self._missed(visit, kind, path, at)
