@@ -37,9 +37,9 @@ def _plainly_takes(function: FunctionType, bound: int, given: Mapping[str, Any])
     optional = function.__kwdefaults__ or ()
     needed = code.co_varnames[bound : count - len(function.__defaults__ or ())]
     needed += tuple(name for name in code.co_varnames[count:last] if name not in optional) if last > count else ()
-    if not all(name in given for name in needed):
+    if needed and not given.keys() >= {*needed}:
         return False
-    return bool(code.co_flags & inspect.CO_VARKEYWORDS) or given.keys() <= {*code.co_varnames[bound:last]}
+    return not given or bool(code.co_flags & inspect.CO_VARKEYWORDS) or given.keys() <= {*code.co_varnames[bound:last]}
 
 
 def keywords_of(function: Callable[..., Any]) -> frozenset[str]:
