@@ -70,8 +70,8 @@ class Memory:
 class Ears:
     """The ears of one run, by the identity of their module."""
 
-    __slots__ = ("_around", "_eagerly", "_forward", "_name", "_put_up", "_root", "_stack", "apart", "memory", "open", "order",
-        "visits")  # fmt: skip
+    __slots__ = ("_around", "_eagerly", "_everywhere", "_forward", "_name", "_put_up", "_root", "_stack", "apart", "memory",
+        "open", "order", "visits")  # fmt: skip
 
     def __init__(self, root: torch.nn.Module, name: str, forward: Forward, memory: Memory) -> None:
         """No module listens yet. `name` is the kind of call, `memory` what earlier runs of this model have left."""
@@ -87,6 +87,7 @@ class Ears:
         self.apart: dict[Hashable, Apart] = {}
         self._eagerly = Eagerly()
         self._around: frozenset[int] = frozenset()  # those around the last module that an ear was put up at: most share them
+        self._everywhere = False  # every module listens
         self.order = memory.orders.get(name) or Order()
 
     def begin(self, several_steps: bool) -> None:
@@ -94,7 +95,7 @@ class Ears:
         if self._name not in self.memory.orders:
             self.memory.compiled = any(map(is_compiled, self._root.modules()))
             self._forward.learn(self.order)
-            self._listen_at(self._root.modules())
+            self.at_all(self._root.modules())
         elif self.order.repeats:
             self._listen_at(self.order.repeated)
         if several_steps:
@@ -116,6 +117,11 @@ class Ears:
         if around is not self._around or visit.is_unusual or CALL in visit.own or visit._original is not ABSENT:
             self._listen_further(visit, around)
         return visit
+
+    def at_all(self, modules: Iterable[torch.nn.Module]) -> list[Visit]:
+        """The ears at these modules, which are all there are."""
+        self._everywhere = True
+        return [*map(self.at, modules)]
 
     def path_of(self, module: torch.nn.Module) -> str:
         """Where a module or a part stands, in the names the user has given."""
@@ -174,12 +180,12 @@ class Ears:
         module = visit.module
         if isinstance(module, Part):
             self.of_part(module).hear(module, visit)
-        elif CALL in visit.own or visit._original is not ABSENT:
+        elif CALL in visit.own or visit.innermost()._original is not ABSENT:
             self._run_eagerly(visit)
         if isinstance(module, FAST):
             leave_where_seen(visit, self.visits)
-        if self.learning:
-            return  # every module listens
+        if self._everywhere:
+            return
         if around is None:
             self._listen_at(modules_above(self._root, module))
         elif around is not self._around:

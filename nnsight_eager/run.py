@@ -234,6 +234,11 @@ class Run:
         visit = self._ears.at(module)
         visit.watchers = (*visit.watchers, watcher)
 
+    def watch_all(self, modules: Iterable[torch.nn.Module], watcher: Watcher) -> None:
+        """The same of each of these, which are all modules of the model."""
+        for visit in self._ears.at_all(modules):
+            visit.watchers = (*visit.watchers, watcher)
+
     def view(self, path: str) -> Callable[[Any, str], Any]:
         """What whoever asks now sees of a value of the module at `path`: all of it."""
         return lambda whole, kind: whole

@@ -169,10 +169,15 @@ class Tap:
 
     def _state(self) -> tuple[Any, ...]:
         """The module's own `forward` below the taps, where it has one."""
-        original = self._original
-        while isinstance(original, Tap):
-            original = original._original
+        original = self.innermost()._original
         return () if original is ABSENT else (original,)
+
+    def innermost(self) -> "Tap":
+        """The tap that stands directly in front of the module's own forward: this, or another run's."""
+        tap: Tap = self
+        while isinstance(tap._original, Tap):
+            tap = tap._original
+        return tap
 
 
 class _Gone:
@@ -242,9 +247,14 @@ def take_down(taps: Iterable[Tap]) -> None:
     """Stop hearing; where nobody else listens, the modules are as they were before."""
     with _lock:
         for tap in taps:
-            own = tap.own
-            if own.get("forward") is tap and tap._original is ABSENT and not tap.pending:
+            own, original = tap.own, tap._original
+            if own.get("forward") is not tap or tap.pending:
+                tap._step_aside()
+            elif original is ABSENT:
                 del own["forward"]
+                tap.stack = None
+            elif isinstance(original, Tap) and original.stack is not None:  # of a run that goes on
+                own["forward"] = original
                 tap.stack = None
             else:
                 tap._step_aside()
