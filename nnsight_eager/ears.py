@@ -70,8 +70,8 @@ class Memory:
 class Ears:
     """The ears of one run, by the identity of their module."""
 
-    __slots__ = ("_around", "_eagerly", "_everywhere", "_forward", "_name", "_put_up", "_root", "_stack", "apart", "memory",
-        "open", "order", "visits")  # fmt: skip
+    __slots__ = ("_around", "_eagerly", "_everywhere", "_forward", "_name", "_put_up", "_root", "_stack", "_tree", "apart",
+        "memory", "open", "order", "visits")  # fmt: skip
 
     def __init__(self, root: torch.nn.Module, name: str, forward: Forward, memory: Memory) -> None:
         """No module listens yet. `name` is the kind of call, `memory` what earlier runs of this model have left."""
@@ -88,6 +88,7 @@ class Ears:
         self._eagerly = Eagerly()
         self._around: frozenset[int] = frozenset()  # those around the last module that an ear was put up at: most share them
         self._everywhere = False  # every module listens
+        self._tree: dict[int, list[torch.nn.Module]] = {}  # the modules above each, where that is needed
         self.order = memory.orders.get(name) or Order()
 
     def begin(self, several_steps: bool) -> None:
@@ -187,10 +188,18 @@ class Ears:
         if self._everywhere:
             return
         if around is None:
-            self._listen_at(modules_above(self._root, module))
+            self._listen_at(self._above(module))
         elif around is not self._around:
             self._listen_at(self.order.living(around))
             self._around = around
+
+    def _above(self, module: torch.nn.Module) -> Iterable[torch.nn.Module]:
+        """The modules above one of which no run has told what it is called in."""
+        if isinstance(module, Part):
+            return ()
+        if id(module) not in self._tree:
+            self._tree = modules_above(self._root)
+        return self._tree.get(id(module), ())
 
     def _run_eagerly(self, visit: Visit) -> None:
         """Have a compiled module run as it is written, and say so the first time."""
