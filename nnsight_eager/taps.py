@@ -247,14 +247,14 @@ def take_down(taps: Iterable[Tap]) -> None:
     """Stop hearing; where nobody else listens, the modules are as they were before."""
     with _lock:
         for tap in taps:
-            own, original = tap.own, tap._original
-            if own.get("forward") is not tap or tap.pending:
+            own = tap.own
+            if own.get("forward") is not tap or tap.pending:  # the first also where Ctrl-C came before it was put up
                 tap._step_aside()
-            elif original is ABSENT:
+            elif tap._original is ABSENT:
                 del own["forward"]
                 tap.stack = None
-            elif isinstance(original, Tap) and original.stack is not None:  # of a run that goes on
-                own["forward"] = original
+            elif isinstance(tap._original, Tap) and tap._original.stack is not None:  # of a run that goes on
+                own["forward"] = tap._original
                 tap.stack = None
             else:
                 tap._step_aside()
