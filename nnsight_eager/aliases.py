@@ -44,6 +44,8 @@ class Aliases:
 
     def own(self, path: str) -> str:
         """The model's own path of what is written as `path`, with other names in it or without."""
+        if not self._at:
+            return path
         found = ""
         for name in path.split(".") if path else ():
             found = self.at(found).get(name) or (f"{found}.{name}" if found else name)

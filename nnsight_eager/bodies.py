@@ -18,6 +18,7 @@ from .batching import Rows
 from .coroutine import Coroutine, current_stack, inside_forward
 from .errors import InvokeError, RunError
 from .paths import spelled
+from .signatures import takes
 from .visits import FIRST, NEXT, OUTPUT, Applied, Kind, Visit, Which
 
 RUNS_LATER: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -149,20 +150,12 @@ def check_plain(function: Any, given_to: str) -> None:
 def _runs_when_called(function: Callable[..., Any]) -> bool:
     """Whether a call without arguments runs it to its end."""
     if isinstance(function, FunctionType) and not function.__dict__:
-        # What nearly everybody gives, told from its code: asking `inspect` takes an eighth of an invoke's time.
-        code = function.__code__
-        given, given_by_name = function.__defaults__ or (), function.__kwdefaults__ or {}
-        needs_none = code.co_argcount <= len(given) and code.co_kwonlyargcount <= len(given_by_name)
-        return needs_none and not code.co_flags & RUNS_LATER
-    if any(each(function) for each in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)):
-        return False
-    try:
-        inspect.signature(function).bind()
-    except TypeError:
-        return False
-    except ValueError:  # it has no signature to look at
-        return True
-    return True
+        later = bool(function.__code__.co_flags & RUNS_LATER)  # what nearly everybody gives, and `inspect` is slow to tell
+    else:
+        later = any(
+            each(function) for each in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+        )
+    return not later and takes(function)
 
 
 class GoesOn(Protocol):

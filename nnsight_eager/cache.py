@@ -94,8 +94,9 @@ class Cache(Shown):
         inputs: list[Any] = []
 
         def watch_unnamed(visit: Visit) -> None:
-            with contextlib.suppress(RowsError, ShardError):
-                keep_visit(visit)
+            if visit.kind is OUTPUT or keep.inputs:
+                with contextlib.suppress(RowsError, ShardError):
+                    keep_visit(visit)
 
         def keep_visit(visit: Visit) -> None:
             if visit.kind is not OUTPUT:

@@ -52,7 +52,7 @@ class Change(NamedTuple):
 
 def change(path: str, kind: str, step: int, before: Any, after: Any) -> Change:
     """The change that the user's code makes now."""
-    frame = user_frame()
+    frame = user_frame(3)  # below this and who replaces the value
     return Change(path, kind, step, _form(before), _form(after), frame.f_code, frame.f_lineno)
 
 

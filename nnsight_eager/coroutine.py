@@ -30,7 +30,7 @@ from greenlet import getcurrent, greenlet
 
 from .errors import InsideForwardError, InternalError, WrongThreadError
 from .fence import fenced
-from .torch_state import Settings, exchange, grad_enabled, reset, set_grad_enabled
+from .torch_state import Plain, Settings, exchange, grad_enabled, reset, set_grad_enabled
 
 OUR_FOLDER: Final = str(Path(__file__).parent)
 
@@ -282,14 +282,15 @@ class ThreadState:
         self.idle: list[Stack] = []
         self.busy: set[Stack] = set()
         self.orphans: deque[Coroutine] = deque()
-        self._settings: Settings | None = None
+        self._settings: Plain | None = None
 
     def settings(self) -> Settings:
         """What torch has set on this thread now: the same object again where nothing has changed, since taking it is slow."""
         settings = self._settings
         if settings is None or not settings.unchanged():
-            settings = Settings.take()
-            self._settings = settings if settings.plain else None
+            taken = Settings.take()
+            self._settings = taken if isinstance(taken, Plain) else None
+            return taken
         return settings
 
     def stack(self) -> Stack:

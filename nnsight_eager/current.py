@@ -1,7 +1,7 @@
 """Which open run a point belongs to.
 
-    enter(run)          # from now on, points read where this is called and on the stack above mean this run
-    current(root)       # the run meant here
+    enter(run, opening_frames())      # from now on, points read in these frames and on the stack above mean this run
+    current(root)                     # the run meant here
     leave(run)
 
 The open run of the root whose opening frame is nearest on the asking stack; else the innermost in this context, so that
@@ -12,11 +12,11 @@ generators, which share their caller's.
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from functools import partial
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -40,6 +40,9 @@ Frames = tuple[tuple[int, int], ...]
 _entered: ContextVar[tuple[tuple[weakref.ref[Any], Frames], ...]] = ContextVar("nnsight_eager_runs", default=())
 
 
+CONTEXTLIB: Final = contextlib.__dict__
+
+
 class _Held(threading.local):
     """The runs held by hand on this thread: the cells of a notebook share no context variables."""
 
@@ -54,15 +57,16 @@ _held_anywhere: weakref.WeakSet[Run] = weakref.WeakSet()
 _held_anywhere_lock = threading.Lock()
 
 
-def enter(run: Open) -> None:
-    """Make `run` the one that points mean where this is called and on the stack above."""
-    _enter(run, _frames())
+def enter(run: Open, frames: Iterable[FrameType]) -> None:
+    """Make `run` the one that points mean in these frames and on the stack above."""
+    _enter(run, tuple([(id(frame), id(frame.f_code)) for frame in frames]))
 
 
 def enter_bodies(run: Open) -> Callable[[], None]:
     """Make `run` the one that points mean on its bodies' stacks, as one that is held or a fork is not yet; what ends that."""
-    if any(reference() is run for reference, _ in _entered.get()):
-        return _stay
+    for reference, _ in _entered.get():
+        if reference() is run:
+            return _stay
     _enter(run, ())
     return partial(leave, run)
 
@@ -74,11 +78,6 @@ def _stay() -> None:
 def _enter(run: Open, by: Frames) -> None:
     entered, entry = _entered.get(), (weakref.ref(run), by)
     _entered.set((*(each for each in entered if each[0]() is not None), entry) if entered else (entry,))
-
-
-def _frames() -> Frames:
-    """Which frames open the trace that is being entered."""
-    return tuple((id(frame), id(frame.f_code)) for frame in opening_frames(user_frame(3)))  # below `enter` and its caller
 
 
 def hold(run: Run) -> Run | None:
@@ -152,13 +151,14 @@ def _nearest(root: torch.nn.Module) -> Run:
     return runs[-1][0]
 
 
-def opening_frames(frame: FrameType) -> Iterator[FrameType]:
-    """The frames that open a trace where `frame` does: itself, and of a context manager of the user's the one that uses it."""
-    yield frame
-    above = frame.f_back
-    while above is not None and above.f_globals is contextlib.__dict__:
-        while above is not None and above.f_globals is contextlib.__dict__:
+def opening_frames() -> list[FrameType]:
+    """The frames that open a trace here: the user's, and where that is a context manager of the user's, what uses it."""
+    frame = user_frame(2)
+    found, above = [frame], frame.f_back
+    while above is not None and above.f_globals is CONTEXTLIB:
+        while above is not None and above.f_globals is CONTEXTLIB:
             above = above.f_back
         if above is not None:
-            yield above
+            found.append(above)
             above = above.f_back
+    return found

@@ -65,8 +65,8 @@ class Memory:
 class Ears:
     """The ears of one run, by the identity of their module."""
 
-    __slots__ = ("_around", "_eagerly", "_forward", "_name", "_put_up", "_root", "_stack", "_unfused", "apart", "memory",
-        "open", "order", "visits")  # fmt: skip
+    __slots__ = ("_around", "_eagerly", "_everywhere", "_forward", "_name", "_put_up", "_root", "_stack", "_tree", "_unfused",
+        "apart", "memory", "open", "order", "visits")  # fmt: skip
 
     def __init__(self, root: torch.nn.Module, name: str, forward: Forward, memory: Memory) -> None:
         """No module listens yet. `name` is the kind of call, `memory` what earlier runs of this model have left."""
@@ -82,7 +82,9 @@ class Ears:
         self._unfused: list[Unfused] = []
         self.apart: dict[Hashable, Apart] = {}
         self._eagerly = Eagerly()
-        self._around: frozenset[int] | None = None
+        self._around: frozenset[int] = frozenset()  # those around the last module that an ear was put up at: most share them
+        self._everywhere = False  # every module listens
+        self._tree: dict[int, list[torch.nn.Module]] = {}  # the modules above each, where that is needed
         self.order = memory.orders.get(name) or Order()
 
     def begin(self, several_steps: bool) -> None:
@@ -90,7 +92,7 @@ class Ears:
         keep_the_compiler_out()
         if self._name not in self.memory.orders:
             self._forward.learn(self.order)
-            self._listen_at(self._root.modules())
+            self.at_all(self._root.modules())
         elif self.order.repeats:
             self._listen_at(self.order.repeated)
         if several_steps:
@@ -98,8 +100,25 @@ class Ears:
 
     def at(self, module: torch.nn.Module) -> Visit:
         """The ear at `module`, put up where there is none yet."""
-        visit = self.visits.get(id(module))
-        return visit if visit is not None and visit.forward is self._forward else self._listen(module, visit)
+        key = id(module)
+        visit = self.visits.get(key)
+        if visit is not None and visit.forward is self._forward:
+            return visit
+        if visit is None or visit.module is not module:
+            visit = self._new_ear(module)
+        visit.forward = self._forward
+        visit.step = -1
+        self._put_up.append(visit)
+        put_up(visit, self._stack)
+        around = self.order.around.get(key)
+        if around is not self._around or visit.is_unusual or CALL in visit.own or visit._original is not ABSENT:
+            self._listen_further(visit, around)
+        return visit
+
+    def at_all(self, modules: Iterable[torch.nn.Module]) -> list[Visit]:
+        """The ears at these modules, which are all there are."""
+        self._everywhere = True
+        return [*map(self.at, modules)]
 
     def path_of(self, module: torch.nn.Module) -> str:
         """Where a module or a part stands, in the names the user has given."""
@@ -144,7 +163,7 @@ class Ears:
         for visit in self._put_up:
             if cut_short or visit.going_on or visit.stop_after or visit.stop_before:  # the last where the forward has failed
                 visit.rest()
-            visit.forward, visit.gave, visit.watchers = None, None, ()
+            visit.forward, visit.gave, visit.watchers = None, None, ()  # type: ignore[assignment]
             if visit.spent:
                 self.visits.pop(id(visit.module), None)
         self.memory.visits = self.visits
@@ -154,30 +173,31 @@ class Ears:
         self.open = False
         self._put_up, self.visits = [], {}
 
-    def _listen(self, module: torch.nn.Module, visit: Visit | None) -> Visit:
-        """Put up an ear at `module`, and at those around it, since their ends can be asked for from inside."""
-        if visit is None or visit.module is not module:
-            visit = self._new_ear(module)
-        visit.forward = self._forward
-        visit.step = -1
-        self._put_up.append(visit)
-        put_up(visit, self._stack)
+    def _listen_further(self, visit: Visit, around: frozenset[int] | None) -> None:
+        """Do at an ear what few need, and listen at the modules around it, since their ends can be asked for from inside."""
+        module = visit.module
         if isinstance(module, Part):
             self.of_part(module).hear(module, visit)
-        elif CALL in visit.own or visit._original is not ABSENT or hasattr(visit.__wrapped__, ORIGINAL):
+        elif CALL in visit.own or visit.innermost()._original is not ABSENT or hasattr(visit.__wrapped__, ORIGINAL):
             self._run_eagerly(visit)
         if isinstance(module, FAST):
             self._unfused.append(Unfused.of(module, self.visits))  # kept before it is put up, as above
             put_innermost(self._unfused[-1], self._stack)
-        if self.learning:
-            return visit  # every module listens
-        around = self.order.around.get(id(module))
+        if self._everywhere:
+            return
         if around is None:
-            self._listen_at(modules_above(self._root, module))
+            self._listen_at(self._above(module))
         elif around is not self._around:
-            self._around = around
             self._listen_at(self.order.living(around))
-        return visit
+            self._around = around
+
+    def _above(self, module: torch.nn.Module) -> Iterable[torch.nn.Module]:
+        """The modules above one of which no run has told what it is called in."""
+        if isinstance(module, Part):
+            return ()
+        if id(module) not in self._tree:
+            self._tree = modules_above(self._root)
+        return self._tree.get(id(module), ())
 
     def _run_eagerly(self, visit: Visit) -> None:
         """Have a compiled module run as it is written, and say so the first time."""
@@ -200,5 +220,6 @@ class Ears:
             kind = self.memory.between.ear(kind)
         visit: Visit = tap_at(kind(), module)
         visit.rest()
+        visit.is_unusual = isinstance(module, (Part, FAST)) or hasattr(type(module).forward, ORIGINAL)
         self.visits[id(module)] = visit  # whole before it is kept: Ctrl-C may come between any two lines
         return visit

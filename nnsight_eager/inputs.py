@@ -127,11 +127,12 @@ class Inputs(NamedTuple):
         if ids is None or isinstance(ids, torch.Tensor):
             return found
         rows = _rows(ids)
-        padded = self.rows(rows, keep_mask="attention_mask" in found)
+        padded = self._together(rows, keep_mask="attention_mask" in found)
+        lengths = [*map(len, rows)]
         for name in found.keys() - {"input_ids"}:
             value = found[name]
-            per_token = isinstance(value, list) and [len(row) for row in _rows(value)] == [len(row) for row in rows]
-            padded[name] = self._padded(_rows(value), FILLS.get(name, 0)) if per_token else value
+            of_tokens = _rows(value) if isinstance(value, list) else []
+            padded[name] = self._padded(of_tokens, FILLS.get(name, 0)) if [*map(len, of_tokens)] == lengths else value
         return padded
 
     def ids(self, ids: torch.Tensor) -> dict[str, Any]:
@@ -144,9 +145,12 @@ class Inputs(NamedTuple):
 
     def rows(self, given: Any, *, keep_mask: bool = False) -> dict[str, Any]:
         """Token ids as nested lists, padded; with a mask, unless one was given."""
-        rows = _rows(given)
+        return self._together(_rows(given), keep_mask=keep_mask)
+
+    def _together(self, rows: list[Row], *, keep_mask: bool) -> dict[str, Any]:
+        """The same of lists of plain numbers."""
         if not rows or not all(rows):
-            raise _empty(repr(given))
+            raise _empty(repr(rows))
         padded = {"input_ids": self._padded(rows, self.pad)}
         if not keep_mask:
             padded["attention_mask"] = self._padded([[1] * len(row) for row in rows], 0)

@@ -7,7 +7,6 @@ with model.generate("The Eiffel Tower is in the city of", max_new_tokens=3) as t
 model.tokenizer.decode(tracer.result[0])
 """
 
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,6 +30,7 @@ from .model import NNsight
 from .padding import CONTENT, Side, positions, together
 from .run import Call
 from .scan import Scan
+from .signatures import keywords_of
 from .trace import Trace
 from .tree import Tree
 
@@ -329,7 +329,7 @@ class LanguageModel(NNsight):
     @property
     def _takes(self) -> frozenset[str]:
         """The keywords of the model's forward."""
-        return frozenset(inspect.signature(self._module.forward).parameters)
+        return keywords_of(self._module.forward)
 
     @property
     def _encodes(self) -> bool:

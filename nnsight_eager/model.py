@@ -7,7 +7,6 @@ with model.trace(torch.randn(1, 4)):
 
 import contextlib
 import copy
-import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -27,6 +26,7 @@ from .paths import spelled
 from .points import Points
 from .run import Call
 from .scan import Map, Scan, map_of
+from .signatures import takes
 from .trace import Trace
 from .tree import Envoy, Tree
 
@@ -239,10 +239,4 @@ class NNsight(Envoy):
 def _needs_none(call: Call) -> bool:
     """Whether the call can be made with the keywords alone."""
     function = call.function.forward if isinstance(call.function, torch.nn.Module) else call.function
-    try:
-        inspect.signature(function).bind(**call.kwargs)
-    except TypeError:
-        return False
-    except ValueError:  # it has no signature
-        return True
-    return True
+    return takes(function, call.kwargs)

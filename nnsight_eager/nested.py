@@ -81,6 +81,8 @@ def small_tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def first_tensor(value: Any) -> torch.Tensor | None:
     """The first tensor in `value`; `None` where it has none."""
+    if isinstance(value, torch.Tensor):
+        return value
     return next(tensors(value), None)
 
 

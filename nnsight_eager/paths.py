@@ -71,15 +71,15 @@ def fits(names: Sequence[str], wanted: Sequence[str]) -> bool:
     return len(names) == len(wanted) and all(map(fnmatch.fnmatchcase, names, wanted))
 
 
-def modules_above(root: torch.nn.Module, module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The modules above `module` in the tree, under each of its names."""
-    for name, each in root.named_modules(remove_duplicate=False):
-        if each is module and each is not root:
-            above = root
-            yield above
-            for part in name.split(".")[:-1]:
-                above = above._modules[part]  # type: ignore[assignment]
-                yield above
+def modules_above(root: torch.nn.Module) -> dict[int, list[torch.nn.Module]]:
+    """The modules above each module of the tree, by its identity, under each of its names."""
+    ways: dict[str, list[torch.nn.Module]] = {}
+    above: dict[int, list[torch.nn.Module]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):  # each comes after those above it
+        way = ways[name.rpartition(".")[0]] if name else []
+        ways[name] = [*way, module]
+        above.setdefault(id(module), []).extend(way)
+    return above
 
 
 def innermost_module(error: BaseException, known: set[int]) -> torch.nn.Module | None:

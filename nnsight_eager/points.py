@@ -68,7 +68,7 @@ class Points:
         It is what the calling module receives, after forward hooks, in the type the module returned: a tensor, a tuple, a
         model output. Raises `OutOfOrderError`, `NotReachedError` or `OutsideTraceError` at the line that asked.
         """
-        try:  # as `_read` does, without the cost of another call: this is the hot path
+        try:  # as `_read` does, without the cost of another call: these are the hot paths
             visit = self._visit(OUTPUT)
             return visit.part(visit.value, OUTPUT)  # type: ignore[no-any-return]
         except BaseException as error:
@@ -81,16 +81,19 @@ class Points:
         self._run().replace(self._visit(OUTPUT), value, self._path)
 
     @property
-    @_read
     def input(self) -> torch.Tensor:
         """The module's first positional argument, else its first keyword argument: `layer.input`, `layer.input = x`.
 
         At the module's output it can still be read, not replaced; `ChangedInPlaceError` where it no longer holds what the
         module received.
         """
-        visit = self._received()
-        first = visit.args[0] if visit.args else next(iter(self._first(visit.kwargs).values()))
-        return visit.part(first, INPUT)  # type: ignore[no-any-return]
+        try:
+            visit = self._received()
+            first = visit.args[0] if visit.args else next(iter(self._first(visit.kwargs).values()))
+            return visit.part(first, INPUT)  # type: ignore[no-any-return]
+        except BaseException as error:
+            self._failed(error)
+            raise
 
     @input.setter
     @at_the_users_line
@@ -119,17 +122,20 @@ class Points:
         self._run().replace(self._entering("inputs"), (tuple(value[0]), value[1]), self._path)
 
     @property
-    @_read
     def hidden(self) -> torch.Tensor:
         """The first tensor of the output, whatever it is wrapped in: `[batch, seq, hidden]` for a transformer block.
 
         layer.hidden = layer.hidden * 0        # a block may return a tensor (transformers 5) or a tuple (4.57)
         """
-        visit = self._visit(OUTPUT)
-        found = first_tensor(visit.value)
-        if found is None:
-            raise self._no_tensor()
-        return visit.part(found, "hidden")  # type: ignore[no-any-return]
+        try:
+            visit = self._visit(OUTPUT)
+            found = first_tensor(visit.value)
+            if found is None:
+                raise self._no_tensor()
+            return visit.part(found, "hidden")  # type: ignore[no-any-return]
+        except BaseException as error:
+            self._failed(error)
+            raise
 
     @hidden.setter
     @at_the_users_line

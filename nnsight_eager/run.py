@@ -127,7 +127,7 @@ class Run:
         """The ear at the module, which the model has still to come by; an error where it will not."""
         at, forward = self.at, self._forward
         visit = self._ears.at(module)
-        if isinstance(module, Part):
+        if visit.is_unusual and isinstance(module, Part):
             self._expect_part(module, visit, kind, path, which)
         if visit.step == forward.step and not which and (not visit.going_on or kind is INPUT or visit.times > 1):
             self._missed(visit, kind, path, at)
@@ -237,6 +237,11 @@ class Run:
         """From now on have `watcher` see each call of the module, at its input and at its output, without pausing."""
         visit = self._ears.at(module)
         visit.watchers = (*visit.watchers, watcher)
+
+    def watch_all(self, modules: Iterable[torch.nn.Module], watcher: Watcher) -> None:
+        """The same of each of these, which are all modules of the model."""
+        for visit in self._ears.at_all(modules):
+            visit.watchers = (*visit.watchers, watcher)
 
     def view(self, path: str) -> Callable[[Any, str], Any]:
         """What whoever asks now sees of a value of the module at `path`: all of it."""

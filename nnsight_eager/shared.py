@@ -21,64 +21,9 @@ from .errors import DeadlockError, RunEndedError
 from .lending import Lending, held
 from .paths import spelled
 from .run import Call, Run, Stop
+from .share import Share
 from .visits import FIRST, INPUT, NEXT_IN_STEP, OUTPUT, Forward, Kind, Place, Visit, Which
 from .waiting import Waiting
-
-
-class Share:
-    """What one body sees of a visit: its own rows."""
-
-    __slots__ = ("_body", "_path", "_run", "inputs_unchanged", "local", "visit")
-
-    def __init__(self, visit: Visit, body: Asker, run: "SharedRun", path: str) -> None:
-        self.visit = visit
-        self._body = body
-        self._run = run
-        self._path = path
-        self.local = visit.local
-        self.inputs_unchanged = visit.inputs_unchanged
-
-    @property
-    def kind(self) -> Kind:
-        """Where in the module's call the model is paused."""
-        return self.visit.kind
-
-    @property
-    def args(self) -> tuple[Any, ...]:
-        """The whole batch's positional arguments."""
-        self._put_together()
-        return self.visit.args
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        """The whole batch's keyword arguments."""
-        self._put_together()
-        return self.visit.kwargs
-
-    @property
-    def value(self) -> Any:
-        """What the module returns for the whole batch."""
-        self._put_together()
-        return self.visit.value
-
-    def _put_together(self) -> None:
-        """Who sees all rows sees what the bodies hold of them, so that what they have read is upstream of it."""
-        if self.has_all_rows:
-            self._run.put_together(self.visit)
-
-    def begin_change(self) -> None:
-        """A new value is about to be built of the one that is here."""
-        self._run.settle(self._body)
-        self._run.put_together(self.visit)
-
-    def part(self, whole: Any, kind: str) -> Any:
-        """The body's rows of `whole`, a value of this visit."""
-        return self._run.lend(self.visit, self._body, whole, self._path, kind)
-
-    @property
-    def has_all_rows(self) -> bool:
-        """Whether the body sees the whole batch."""
-        return self._body.rows is None or self._body.rows.all
 
 
 class Stored(Protocol):
@@ -316,21 +261,24 @@ class SharedRun(Run):
 
     def _serve(self) -> None:
         """Let bodies go on, in the order written, until none can."""
-        went_on = True
-        while went_on:
-            went_on = False
-            arrived, self._arrived = self._arrived, []
-            for body in sorted((*arrived, *self._paused), key=_number):
-                if body.ready is None or body.ready():
-                    went_on = True
-                    self._let_go_on(body)
+        leave = enter_bodies(self)
+        try:
+            went_on = True
+            while went_on:
+                went_on = False
+                arrived, self._arrived = self._arrived, []
+                for body in sorted((*arrived, *self._paused), key=_number):
+                    if body.ready is None or body.ready():
+                        went_on = True
+                        self._let_go_on(body)
+        finally:
+            leave()
 
     def _let_go_on(self, body: Body) -> None:
         """Resume a body until it waits again, or ends."""
         if body in self._paused:
             self._paused.remove(body)
         before, self._running = self._running, body
-        leave = enter_bodies(self)
         try:
             body.resume()
             if not (body.finished or body.wants_model):
@@ -342,7 +290,6 @@ class SharedRun(Run):
             self._left_early += 1
         finally:
             self._running = before
-            leave()
 
     def _advance(self) -> None:
         """Let the model go on until it comes to what some body waits for; an error is raised at that body's line."""

@@ -19,7 +19,7 @@ import copy
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
+from types import FrameType, FunctionType, MethodType
 from typing import Any, Final, TypeVar
 
 import torch
@@ -171,10 +171,15 @@ class Tap:
 
     def _state(self) -> tuple[Any, ...]:
         """The module's own `forward` below the taps, where it has one."""
-        original = self._original
-        while isinstance(original, Tap):
-            original = original._original
+        original = self.innermost()._original
         return () if original is ABSENT else (original,)
+
+    def innermost(self) -> "Tap":
+        """The tap that stands directly in front of the module's own forward: this, or another run's."""
+        tap: Tap = self
+        while isinstance(tap._original, Tap):
+            tap = tap._original
+        return tap
 
 
 class _Gone:
@@ -243,7 +248,11 @@ def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
 def _forward_of_class(module: torch.nn.Module) -> Callable[..., Any]:
     """What `module.forward` is without one of its own, found as Python finds it."""
     kind = type(module)
-    forward = next(vars(each)["forward"] for each in kind.__mro__ if "forward" in vars(each))
+    forward = vars(kind).get("forward", ABSENT)
+    if forward is ABSENT:
+        forward = next(vars(each)["forward"] for each in kind.__mro__ if "forward" in vars(each))
+    if type(forward) is FunctionType:
+        return MethodType(forward, module)  # the common case
     if not hasattr(forward, "__get__"):
         return forward  # type: ignore[no-any-return]
     try:
@@ -257,8 +266,13 @@ def take_down(taps: Iterable[Tap]) -> None:
     with _lock:
         for tap in taps:
             own = tap.own
-            if own.get("forward") is tap and tap._original is ABSENT and not tap.pending:
+            if own.get("forward") is not tap or tap.pending:  # the first also where Ctrl-C came before it was put up
+                tap._step_aside()
+            elif tap._original is ABSENT:
                 del own["forward"]
+                tap.stack = None
+            elif isinstance(tap._original, Tap) and tap._original.stack is not None:  # of a run that goes on
+                own["forward"] = tap._original
                 tap.stack = None
             else:
                 tap._step_aside()

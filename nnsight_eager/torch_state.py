@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import (
     _push_mode as push_dispatch_mode,
 )
 
-# The hot path is `in_force`, a dozen C calls. Bound here, each costs a global look-up instead of a chain of attributes.
+# The hot path is `Plain.in_force`, a dozen C calls. Bound here, each costs a global look-up instead of a chain of attributes.
 grad_enabled: Final = torch.is_grad_enabled
 inference_enabled: Final = torch.is_inference_mode_enabled
 multithreading_enabled: Final = _C._is_multithreading_enabled
@@ -56,30 +56,13 @@ AUTOCAST_DEVICES: Final = autocast_devices()
 NO_AUTOCAST: Final = [False for _ in AUTOCAST_DEVICES]
 
 
-def is_plain() -> bool:
-    """Whether this thread's settings are those of a new thread without CUDA, whatever the grad mode."""
-    return (
-        not inference_enabled()
-        and torch_function_enabled()
-        and not count_function_modes()
-        and not count_dispatch_modes()
-        and top_saved_tensor_hooks(True) is None
-        and not any_autocast()
-        and not (open_autocast() and close_autocast())  # no autocast context is open, not even a disabled one
-        and multithreading_enabled()
-        and forward_ad_enabled()
-        and compiler_callback() is None
-        and not count_transforms()
-    )
-
-
 class Settings:
     """What torch has set on this thread at one moment, complete enough to be put back."""
 
     __slots__ = (
         "autocast", "autocast_cache", "autocast_nesting", "autocast_on", "autocasting", "compiler", "cuda", "default_device",
         "dispatch_mode_count", "dispatch_modes", "forward_ad", "function_mode_count", "function_modes", "grad", "inference",
-        "lift_cpu_only", "modeless", "multithreading", "plain", "saved_tensor_hooks", "top_hooks", "torch_function",
+        "lift_cpu_only", "modeless", "multithreading", "saved_tensor_hooks", "top_hooks", "torch_function",
         "transforms",
     )  # fmt: skip
 
@@ -94,7 +77,6 @@ class Settings:
     autocast_cache: bool
     autocast_nesting: int
     modeless: bool
-    plain: bool
     function_mode_count: int
     dispatch_mode_count: int
     function_modes: list[Any]
@@ -110,7 +92,8 @@ class Settings:
     @classmethod
     def take(cls) -> "Settings":
         """Note everything in force; nothing is changed."""
-        self = cls.__new__(cls)
+        cuda = _cuda_place() if torch.cuda.is_initialized() else None
+        self = cls.__new__(Plain if cuda is None and Plain.in_force() else cls)
         self.grad = grad_enabled()
         self.inference = inference_enabled()
         self.multithreading = multithreading_enabled()
@@ -131,26 +114,13 @@ class Settings:
         self.default_device = default_device.CURRENT_DEVICE
         self.torch_function = torch_function_state()
         self.compiler = compiler_callback()
-        self.cuda = _cuda_place() if torch.cuda.is_initialized() else None
+        self.cuda = cuda
         self.transforms = _popped_transforms()
         _push_transforms(self.transforms)
-        self.plain = self.cuda is None and is_plain()
         return self
 
-    def unchanged(self) -> bool:
-        """Whether these settings, which are plain, are in force in every detail, those included that no switch looks at."""
-        return (
-            self.in_force()
-            and grad_enabled() is self.grad
-            and default_device.CURRENT_DEVICE is self.default_device
-            and not torch.cuda._initialized
-            and self._same_autocast_details()
-        )
-
     def in_force(self) -> bool:
-        """Whether this thread's settings are these, grad mode left aside: told by a dozen C calls."""
-        if self.plain:
-            return is_plain()
+        """Whether this thread's settings are these, grad mode left aside."""
         return (
             inference_enabled() is self.inference
             and torch_function_state() == self.torch_function
@@ -219,6 +189,39 @@ class Settings:
             _C.set_autocast_enabled(device, enabled)
             _C.set_autocast_dtype(device, dtype)
         _C.set_autocast_cache_enabled(self.autocast_cache)
+
+
+class Plain(Settings):
+    """The settings of a new thread without CUDA, whatever the grad mode: nearly always both sides have these."""
+
+    __slots__ = ()
+
+    @staticmethod
+    def in_force() -> bool:
+        """Whether this thread's settings are these, grad mode left aside: told by a dozen C calls."""
+        return (
+            not inference_enabled()
+            and torch_function_enabled()
+            and not count_function_modes()
+            and not count_dispatch_modes()
+            and top_saved_tensor_hooks(True) is None
+            and not any_autocast()
+            and not (open_autocast() and close_autocast())  # no autocast context is open, not even a disabled one
+            and multithreading_enabled()
+            and forward_ad_enabled()
+            and compiler_callback() is None
+            and not count_transforms()
+        )
+
+    def unchanged(self) -> bool:
+        """Whether these settings are in force in every detail, those included that no switch looks at."""
+        return (
+            self.in_force()
+            and grad_enabled() is self.grad
+            and default_device.CURRENT_DEVICE is self.default_device
+            and not torch.cuda._initialized
+            and self._same_autocast_details()
+        )
 
 
 def exchange(mine: Settings, theirs: Settings, switch: Callable[[], Any], *, guard: bool) -> Any:

@@ -6,9 +6,9 @@ tracer.result
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from types import FunctionType, TracebackType
+from types import FrameType, FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,6 @@ from .backward import Backward, BackwardBlocks
 from .batching import Given, divided
 from .bodies import Barrier, Body
 from .cache import Cache, Keep, Positions
-from .changes import user_frame
 from .compat import add_save_to_builtins
 from .coroutine import without_our_frames
 from .current import enter, leave, opening_frames
@@ -64,11 +63,12 @@ class Trace(OneOfRanks):
             raise RunError("This trace is open already.", "Call `model.trace(...)` once more for a second run.")
         add_save_to_builtins()
         self._run = self._view = self._invokes = self._results = None
+        frames = opening_frames()
         if self._call is None:
-            self._divide()
+            self._divide(frames)
         else:
-            self._begin(self._run_of(self._call))
-        self._blocks_of_backward.allow_in(*(frame.f_code for frame in opening_frames(user_frame())))
+            self._begin(self._run_of(self._call), frames)
+        self._blocks_of_backward.allow_in(*[frame.f_code for frame in frames])
         return self
 
     def __del__(self) -> None:
@@ -122,11 +122,11 @@ class Trace(OneOfRanks):
             return SharedRun(self._tree.root, call, self._tree.memory, (), self._tree.edits, make or self._tree.forward)
         return Run(self._tree.root, call, self._tree.memory, make or self._tree.forward)
 
-    def _begin(self, run: Run) -> None:
-        """Make `run` the one that points mean."""
+    def _begin(self, run: Run, frames: Iterable[FrameType]) -> None:
+        """Make `run` the one that points mean where these frames open the trace."""
         self._run = run
         self._view = None
-        enter(run)
+        enter(run, frames)
 
     def _end(self, error: BaseException | None) -> bool:
         """End the run; whether `error` has thereby done what it was raised for."""
@@ -170,7 +170,8 @@ class Trace(OneOfRanks):
             raise InvokeError(
                 f"`rows={rows!r}` is not known.", "`rows=None` lets the invoke see all rows; leave it away otherwise."
             )
-        self._divide()
+        if self._invokes is None:
+            self._divide(opening_frames())
         function = inputs[-1] if inputs and callable(inputs[-1]) and not isinstance(inputs[-1], torch.nn.Module) else None
         inputs = inputs if function is None else inputs[:-1]
         given = Given(inputs, keywords) if inputs or keywords else None
@@ -261,10 +262,8 @@ class Trace(OneOfRanks):
             raise outside_invokes()
         return body
 
-    def _divide(self) -> None:
+    def _divide(self, frames: Iterable[FrameType]) -> None:
         """Be a trace of invokes from now on, which a trace that has begun to run on its own cannot be."""
-        if self._invokes is not None:
-            return
         run = self._run
         if self._division is None or (run is not None and run.begun):
             raise InvokeError(
@@ -279,7 +278,7 @@ class Trace(OneOfRanks):
             self._opened()
         self._invokes = Invokes(self._tree.root)
         self._results = None if self._division.batched else []
-        enter(self._invokes)
+        enter(self._invokes, frames)
 
     def _run_invokes(self, invokes: Invokes) -> None:
         """Run the model once on all inputs, and every body with it."""
@@ -299,7 +298,7 @@ class Trace(OneOfRanks):
                 body.rows = None if invoke.all_rows else own
             invokes.open = False
             run = SharedRun(self._tree.root, call, self._tree.memory, bodies, self._tree.edits, self._tree.forward)
-            self._begin(run)
+            self._begin(run, opening_frames())
             for begin in invokes.at_begin:
                 begin(run)
             self._end(None)
@@ -321,7 +320,7 @@ class Trace(OneOfRanks):
             raise InvokeError("An invoke was opened inside another.", "Write each invoke directly in its trace's block.")
         call, _ = self._division.batch([given])
         run = self._run_of(call)
-        self._begin(run)
+        self._begin(run, opening_frames())
         return run
 
     def end_alone(self, error: BaseException | None) -> bool:

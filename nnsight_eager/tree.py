@@ -154,7 +154,10 @@ class Envoy(Points):
 
     def _child(self, name: str) -> "Envoy":
         """The child called `name`; looked up each time, since a model's modules can be exchanged."""
-        module = children(self._module)[name]
+        return self._envoy_of(name, children(self._module)[name])
+
+    def _envoy_of(self, name: str, module: torch.nn.Module | None) -> "Envoy":
+        """The child called `name`, which is this module."""
         assert module is not None
         child = self._children.get(name)
         if child is None or child._module is not module:
@@ -195,8 +198,9 @@ class Envoy(Points):
                 raise
             finally:
                 del raised
-        if self._has_child(name):
-            return self._child(name)
+        module = children(self.__dict__["_module"]).get(name)
+        if module is not None:
+            return self._envoy_of(name, module)
         if name.endswith("_") and self._has_child(name[:-1]):
             return self._child(name[:-1])
         if name in self._other_names:
@@ -248,11 +252,12 @@ class Envoy(Points):
                     raise KeyError(envoy._unknown(name))
                 envoy = envoy._child(name) if envoy._has_child(name) else envoy._by_other_name(name)
             return envoy
-        names = list(children(self._module))
+        below = children(self._module)
+        names = list(below)
         if isinstance(key, slice):
             return [self._child(name) for name in names[key]]
         try:
-            return self._child(names[key])
+            return self._envoy_of(names[key], below[names[key]])
         except IndexError:
             raise IndexError(f"`{spelled(self._path)}` has {len(names)} modules; there is no [{key}].") from None
 

@@ -24,6 +24,9 @@ Watcher = Callable[["Visit"], None]
 INPUT: Final = "input"
 OUTPUT: Final = "output"
 
+CHECKPOINTING: Final = torch.utils.checkpoint.__dict__
+"""The names of the code that computes a forward again."""
+
 Which = Literal[0, 1, 2]
 FIRST: Final = 0
 """The first visit in the current step, which is what plain asking means: the further ones are true."""
@@ -125,10 +128,11 @@ class Visit(Tap):
     all runs, so that a read makes no object.
     """
 
-    __slots__ = ("args", "forward", "gave", "going_on", "kind", "kwargs", "outer", "skipped", "step", "stop_after",
-        "stop_before", "times", "value", "versions", "watchers")  # fmt: skip
+    __slots__ = ("args", "forward", "gave", "going_on", "is_unusual", "kind", "kwargs", "outer", "skipped", "step",
+        "stop_after", "stop_before", "times", "value", "versions", "watchers")  # fmt: skip
 
-    forward: Forward | None  # whose ear this is, while it is put up
+    forward: Forward  # whose ear this is, while it is put up
+    is_unusual: bool  # more has to be done to hear the module than to stand in its `forward`
     step: int  # the step of the last call
     times: int  # how often the module was called in that step
     stop_before: bool
@@ -159,7 +163,6 @@ class Visit(Tap):
         if self.going_on:
             return self._inside_itself(args, kwargs)
         forward = self.forward
-        assert forward is not None
         if self.step == forward.step:
             self.times += 1
         else:
@@ -201,7 +204,6 @@ class Visit(Tap):
     def _leave(self, value: Any) -> Any:
         """The forward has returned, or was left out; what is returned here is what the caller gets."""
         forward = self.forward
-        assert forward is not None
         if self.stop_after or forward.walking:
             self.stop_after = False
             self.kind = OUTPUT
@@ -256,7 +258,7 @@ class Visit(Tap):
         """A call of a module whose forward or hook is going on: a visit of its own, after which the outer one goes on."""
         forward = self.forward
         # Who plainly asked for the output asked for the first visit's, which is the outer one.
-        awaited = self.stop_after and forward is not None and forward.awaited
+        awaited = self.stop_after and forward.awaited
         self.outer.append((self.args, self.kwargs, self.versions, self.times, awaited))
         self.stop_after = self.stop_after and not awaited
         self.going_on = False
@@ -303,7 +305,6 @@ class RootVisit(Visit):
     def _leave(self, value: Any) -> Any:
         """A step's forward pass has ended; whoever still waits for a point in it is told before the next begins."""
         forward = self.forward
-        assert forward is not None
         inside_itself = bool(self.outer)
         value = Visit._leave(self, value)
         if not inside_itself:
@@ -316,7 +317,7 @@ class RootVisit(Visit):
 def refuse_in_checkpoint(frame: FrameType | None, point: Callable[[], str]) -> None:
     """Raise where the forward at `frame` will be computed again for its gradient, without the edit."""
     while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+        if frame.f_globals is CHECKPOINTING:
             raise EditError(
                 f"`{point()}` is inside gradient checkpointing: its forward is computed again for the gradient, unedited.",
                 "Call `gradient_checkpointing_disable()` on the model first, or edit the checkpointed module as a whole.",

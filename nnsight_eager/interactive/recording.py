@@ -68,6 +68,7 @@ class Recording:
         self._call = call
         self._given = mapped((call.args, call.kwargs), torch.clone)
         self._weights = Weights(root)
+        self._modules = [*root.modules()]
         self._keep = keep
         self.journal = Journal(keep and call.function is root)
         self.written: list[Change] = []  # by assignment: where the user has written it
@@ -84,15 +85,14 @@ class Recording:
         """Begin the call; every module is listened to."""
         run = start(self._call, partial(HeldForward, self.journal))
         self.written = run.changes
-        # Siblings one after another, since what is around them is the same; a module may have several parents.
-        below = {id(module): module for above in self._root.modules() for module in above.children()}
-        for module in (self._root, *below.values()):
-            run.watch(module, self.journal.watch)
+        run.watch_all(self._modules, self.journal.watch)
         return run
 
     def follow(self, earlier: "Recording", start: Start, place: Place) -> Run:
         """Begin the call and lead it to `place`, where `earlier` has been; what was changed there is not changed yet."""
         changed = self._weights.changed()
+        if changed:
+            self._modules = [*self._root.modules()]
         self._weights.restore_buffers()
         run = self.run(start)
         try:
@@ -214,12 +214,10 @@ class State(NamedTuple):
     def of(cls, module: torch.nn.Module) -> "State":
         """What it is now."""
         own = vars(module)
-        attributes = [*own.values()]
+        parameters = own["_parameters"].values()
+        attributes = [*own.values(), *parameters, *own["_buffers"].values(), *own["_modules"].values()]
         if "forward" in own:  # a tap's
             del attributes[[*own].index("forward")]
-        for within in ("_parameters", "_buffers", "_modules"):
-            attributes += own[within].values()
-        parameters = own["_parameters"].values()
         versions = [0 if each is None or each.is_inference() else each._version for each in parameters]
         return cls(module, attributes, versions)
 

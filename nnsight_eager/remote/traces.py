@@ -5,8 +5,9 @@ with model.trace("The Eiffel Tower is in", retries=1) as tracer:
     cache = tracer.cache("transformer.h.*", positions=-1)       # filled there, brought when it is looked at
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from os import PathLike, fspath
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -66,13 +67,13 @@ class RemoteTrace(Trace):
         """Gradients do not travel."""
         raise no_gradients()
 
-    def _divide(self) -> None:
+    def _divide(self, frames: Iterable[FrameType]) -> None:
         if self._division is not None and self._division.batched:
             raise RemoteError(
                 "Invokes share a forward pass, and their blocks run as it goes on, next to the model.",
                 "Put the trace into a function and `model.submit` it, or write `model.trace(batched=False)`.",
             )
-        super()._divide()
+        super()._divide(frames)
 
     @property
     def model(self) -> Envoy:
