@@ -18,10 +18,10 @@ from .compiled import CALL, ORIGINAL, Eagerly, keep_the_compiler_out, tell
 from .distributed.first import is_distributed
 from .errors import RunEndedError
 from .fast_paths import FAST, Unfused
-from .inside import Apart, Part
+from .inside import Apart, Part, lies_in
 from .order import Order
 from .paths import modules_above, path_in, spelled
-from .taps import ABSENT, put_innermost, put_up, take_down, tap_at
+from .taps import ABSENT, in_class, put_innermost, put_up, take_down, tap_at
 from .visits import Between, Forward, RootVisit, Visit
 
 P = TypeVar("P", bound=Part)
@@ -129,6 +129,11 @@ class Ears:
         """Whether this run is the first of its kind of call."""
         return self._forward.order is not None
 
+    def is_left_out(self, module: torch.nn.Module, skipped: torch.nn.Module) -> bool:
+        """Whether `module` lies inside one that is skipped and, as far as known, not called again in this step."""
+        once = not self.learning and id(skipped) not in self.order.repeats
+        return once and module is not skipped and lies_in(module, skipped)
+
     @property
     def step(self) -> int:
         """The step the model is in."""
@@ -220,6 +225,6 @@ class Ears:
             kind = self.memory.between.ear(kind)
         visit: Visit = tap_at(kind(), module)
         visit.rest()
-        visit.is_unusual = isinstance(module, (Part, FAST)) or hasattr(type(module).forward, ORIGINAL)
+        visit.is_unusual = isinstance(module, (Part, FAST)) or hasattr(in_class(type(module)), ORIGINAL)
         self.visits[id(module)] = visit  # whole before it is kept: Ctrl-C may come between any two lines
         return visit

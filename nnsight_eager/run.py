@@ -19,7 +19,7 @@ from .changes import Change, change
 from .coroutine import current_stack, inside_forward
 from .ears import Ears, Memory, P
 from .errors import EditError, RunEndedError
-from .inside import Part, lies_in
+from .inside import Part
 from .missed import Miss, why
 from .paths import innermost_module, spelled
 from .visits import (
@@ -134,7 +134,7 @@ class Run:
         if (
             forward.finished
             or (self._step_over and which is not NEXT)
-            or (at is not None and at.skipped and self._left_out(module, at))
+            or (at is not None and at.skipped and self._ears.is_left_out(module, at.module))
         ):
             self._missed(visit, kind, path, at, which)
         return visit
@@ -379,11 +379,6 @@ class Run:
         before = before if self.at is before else self._forward.left or before  # the visit has gone on with the run
         paused_at = spelled(self.path_of(before.module), before.kind) if before is not None else ""
         return Miss(path, kind, paused_at, step, self.finished, self._forward.by_hand)
-
-    def _left_out(self, module: torch.nn.Module, skipped: Visit) -> bool:
-        """Whether `module` lies inside one that is skipped and, as far as known, not called again in this step."""
-        once = self._forward.order is None and id(skipped.module) not in self._ears.order.repeats
-        return once and module is not skipped.module and lies_in(module, skipped.module)
 
     def _stopped(self, error: BaseException, at: Visit | None, awaited: Visit | None = None) -> None:
         """The forward has raised, or would not go on: note on the error what was running and what had been edited."""

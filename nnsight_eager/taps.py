@@ -245,12 +245,16 @@ def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
     return _forward_of_class(module) if forward is ABSENT else forward
 
 
+def in_class(kind: type[torch.nn.Module]) -> Any:
+    """The `forward` that a class has, or one it is made from, as it is written there."""
+    forward = vars(kind).get("forward", ABSENT)
+    return next(vars(each)["forward"] for each in kind.__mro__ if "forward" in vars(each)) if forward is ABSENT else forward
+
+
 def _forward_of_class(module: torch.nn.Module) -> Callable[..., Any]:
     """What `module.forward` is without one of its own, found as Python finds it."""
     kind = type(module)
-    forward = vars(kind).get("forward", ABSENT)
-    if forward is ABSENT:
-        forward = next(vars(each)["forward"] for each in kind.__mro__ if "forward" in vars(each))
+    forward = in_class(kind)
     if type(forward) is FunctionType:
         return MethodType(forward, module)  # the common case
     if not hasattr(forward, "__get__"):
