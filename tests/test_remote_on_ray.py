@@ -242,9 +242,23 @@ def test_many_clients_at_once_get_what_each_asked_for(address, local, capsys):
         print(", ".join(f"{each['median wait'] * 1e3:.2f} and {each['longest wait'] * 1e3:.1f} ms" for each in busy))
 
 
-def test_a_server_that_is_killed_is_an_error_that_names_the_run_or_the_run_is_repeated(remote, local):
+def wait_for(model, begun, go):
+    """A function that runs until a file is there; in which process it has."""
+    begun.touch()
+    while not go.exists():
+        time.sleep(0.01)
+    return os.getpid(), edited(model).detach()
+
+
+def test_a_server_that_is_killed_is_an_error_that_names_the_run_or_what_was_asked_is_repeated(remote, local, tmp_path):
     other = nnsight_eager.connect("gpt2")
+    begun, go = tmp_path / "begun", tmp_path / "go"
     try:
+        repeated, lost = (remote.submit(wait_for, begun, go, retries=retries) for retries in (1, 0))
+        until = time.monotonic() + PATIENCE
+        while not begun.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        first = remote.status()["pid"]
         with remote.trace(PROMPT, retries=1), pytest.raises(ServerLostError) as caught, other.trace(PROMPT):
             hidden = remote.transformer.h[1].output
             remote.transformer.h[1].output = hidden * 0.25
@@ -261,6 +275,12 @@ def test_a_server_that_is_killed_is_an_error_that_names_the_run_or_the_run_is_re
         assert "`model.trace(..., retries=1)`" in message
         assert caught.traceback[-1].path == Path(__file__)
         assert edited(other).equal(plain(local))  # it is known again, without being asked to connect
+        go.touch()
+        process, logits = repeated.result(PATIENCE)
+        assert process == remote.status()["pid"] != first
+        assert logits.equal(plain(local))
+        with pytest.raises(ServerLostError, match="the function that was submitted"):
+            lost.result(PATIENCE)
     finally:
         other.disconnect()
 

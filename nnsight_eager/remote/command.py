@@ -38,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
         "--idle-limit", type=float, default=Limits().idle, help="seconds until an untouched run is closed (default: 1800)"
     )
     made.add_argument("--memory-limit-mb", type=float, help="what one client's runs and handles may hold (default: no limit)")
+    made.add_argument(
+        "--batch-rows", type=int, default=Limits().rows, help="rows of a forward pass that functions may share (default: 32)"
+    )
     return made
 
 
@@ -81,4 +84,4 @@ def _loading(options: argparse.Namespace) -> dict[str, Any]:
 
 def _limits(options: argparse.Namespace) -> Limits:
     memory = None if options.memory_limit_mb is None else int(options.memory_limit_mb * 1e6)
-    return Limits(options.silence_limit, options.idle_limit, memory)
+    return Limits(options.silence_limit, options.idle_limit, memory, options.batch_rows)

@@ -117,10 +117,6 @@ class Line:
         except self._died as error:
             raise self.lost(self._lost(error), "the function that was submitted") from None
 
-    def is_done(self, reference: Any) -> bool:
-        """Whether a function has ended."""
-        return bool(self._ray.wait([reference], timeout=0)[0])
-
     def wait_until_back(self) -> None:
         """Wait until the actor, which has died, is there again and knows this client."""
         until = time.monotonic() + PATIENCE
@@ -138,7 +134,7 @@ class Line:
         """What the loss of the actor is told with."""
         return ServerLostError(
             f"The actor `{self.name}` has died, and with it {what}. Ray says: {gone.why}.",
-            "It is started anew: run this again; `model.trace(..., retries=1)` has it repeated with the edits made so far.",
+            "It is started anew: run this again; with `retries=1`, `model.trace(..., retries=1)`, it is repeated by itself.",
             name=self.name,
         )
 

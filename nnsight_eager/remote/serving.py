@@ -14,7 +14,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, Final
 
@@ -23,36 +22,17 @@ import torch
 from ..errors import RemoteError, RunEndedError
 from ..interactive.held import HeldRun
 from ..language import LanguageModel
-from ..progress import listening
-from ..visits import Forward
 from .addresses import Paths
+from .functions import Functions
 from .holding import weights_of
 from .lanes import Lanes
 from .packing import Packed, form_of, packed, unpacked
-from .served import ServedRun, device_of, store, told
+from .served import ServedRun, device_of, told
 from .sessions import Limits, Seat, Session, Sessions
 from .turns import Turns
 from .wire import VERSION, Answer, At, Description, Message, Opened, plain
 
-_job: ContextVar[int | None] = ContextVar("nnsight_eager_job", default=None)
-"""The submitted function that this runs in."""
-
 NOWHERE: Final = At(None, "", 0, False, 0, False, True)
-
-
-class QueuedForward(Forward):
-    """A model call of a submitted function: it computes in turns, a turn from one pause to the next."""
-
-    __slots__ = ("_turn",)
-
-    def __init__(self, turn: Callable[[], Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        super().__init__(function, *args, **kwargs)
-        self._turn = turn
-
-    def resume(self) -> Any:
-        """Go on until the next pause, when it is this owner's turn."""
-        with self._turn():
-            return super().resume()
 
 
 class Server:
@@ -67,9 +47,9 @@ class Server:
         self._weights = weights_of(model._module)
         self._turns = Turns()
         self._lanes = Lanes()
-        self._sessions = Sessions(limits, self._view, self._close)
+        self._functions = Functions(model, self._turns, limits.rows)
+        self._sessions = Sessions(limits, self._functions.view, self._close)
         self._life = uuid.uuid4().hex
-        self._progress: dict[tuple[int, int], tuple[int, int, str]] = {}
         threading.Thread(target=self._watch, name="nnsight_eager watch", daemon=True).start()
 
     # Clients
@@ -108,7 +88,7 @@ class Server:
         clients = []
         for session in self._sessions.all():
             session.look(self._weights)
-            waits = sorted(self._turns.waits(_queued(session)))
+            waits = sorted(self._turns.waits(session.queued))
             clients.append(
                 {
                     "owner": session.owner,
@@ -175,7 +155,7 @@ class Server:
 
     def _in_turn(self, session: Session, seat: Seat, message: Message) -> Answer:
         """On the lane: do what the message says when it is the client's turn."""
-        with self._turns.of(_queued(session)):
+        with self._turns.of(session.queued):
             answer = seat.run.do(message)
         if message.verb == "value" and answer.error is None:
             number = session.keep(answer.value)
@@ -242,48 +222,15 @@ class Server:
 
     def run_function(self, session: int, job: int, sent: Packed) -> tuple[str, Any]:
         """Run a function next to the model: "returned" and what, "raised" and what, or "unknown" for the client."""
-        try:
-            found = self._sessions[session]
-        except KeyError:
-            return "unknown", None
-        token = _job.set(job)
-        try:
-            with listening(partial(self._note, found, job)), found.in_order:
-                model = found.model._view()
-                function, args, kwargs, edits = unpacked(
-                    sent, device=device_of(model._module), there=partial(found.lookup, model)
-                )
-                store(model, edits)
-                return "returned", packed(function(model, *args, **kwargs))
-        except Exception as error:
-            return "raised", told(error)
-        finally:
-            _job.reset(token)
-            self._progress.pop((session, job), None)
+        return self._answered(session, lambda found: self._functions.run(found, job, sent))
 
     def progress(self, session: int, job: int) -> tuple[int, int, str]:
         """How far a function has come: done, of how much, of what."""
-        return self._progress.get((session, job), (0, 0, ""))
+        return self._functions.progress(session, job)
 
     def cancel(self, session: int, job: int) -> None:
         """Have a function end when it next lets the model go on, or says how far it has come."""
         self._sessions[session].cancelled.add(job)
-
-    def _note(self, session: Session, job: int, done: int, total: int, what: str) -> None:
-        self._refuse_cancelled(session)
-        self._progress[session.number, job] = done, total, what
-
-    def _turn(self, session: Session) -> Any:
-        """A turn of this client, unless it is gone or has cancelled what asks."""
-        self._refuse_cancelled(session)
-        return self._turns.of(_queued(session))
-
-    @staticmethod
-    def _refuse_cancelled(session: Session) -> None:
-        if not session.open:
-            raise RunEndedError("The client that has submitted this function has given no sign of life.")
-        if _job.get() in session.cancelled:
-            raise RunEndedError("The function was cancelled by its client.")
 
     def call(self, session: int, path: str, sent: Packed) -> tuple[str, Any]:
         """Apply a module to values, beside every run."""
@@ -291,7 +238,7 @@ class Server:
 
     def _applied(self, session: Session, path: str, sent: Packed) -> Any:
         args, kwargs = unpacked(sent, device=device_of(self._model._module), there=partial(session.lookup, session.model))
-        with self._turn(session), torch.no_grad():
+        with self._functions.turn(session), torch.no_grad():
             return self._paths.module(path)(*args, **kwargs)
 
     def handled(self, session: int, number: int, operation: str, sent: Packed | None) -> tuple[str, Any]:
@@ -303,7 +250,7 @@ class Server:
         if sent is None:
             return packed(tensor)
         args, kwargs = unpacked(sent, device=tensor.device, there=partial(session.lookup, session.model))
-        with self._turn(session), torch.no_grad():
+        with self._functions.turn(session), torch.no_grad():
             function = args[0] if operation == "apply" else getattr(torch.Tensor, operation)
             value = function(tensor, *args[operation == "apply" :], **kwargs)
         if not isinstance(value, torch.Tensor) or not value.dim():
@@ -325,23 +272,12 @@ class Server:
 
     # Inside
 
-    def _view(self, session: Session) -> LanguageModel:
-        """The model as one client has it: with edits of its own, and computing in its turns."""
-        view = self._model._view()
-        view._tree.forward = partial(QueuedForward, partial(self._turn, session))
-        return view  # type: ignore[return-value]
-
     def _watch(self) -> None:
         """Close what nobody will ask for any more."""
         every = min(self._sessions.limits.silence, self._sessions.limits.idle) / 4
         while True:
             time.sleep(every)
             self._sessions.close_silent()
-
-
-def _queued(session: Session) -> str:
-    """The name under which a client queues."""
-    return f"{session.owner}#{session.number}"
 
 
 def _megabytes(size: int) -> str:

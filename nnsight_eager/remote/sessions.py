@@ -31,6 +31,8 @@ class Limits(NamedTuple):
     """A run that nobody has touched for so long is closed."""
     memory: int | None = None
     """What the runs, caches and handles of one client may hold."""
+    rows: int = 32
+    """How many rows a forward pass may have that the functions of several clients share."""
 
 
 class Seat:
@@ -74,6 +76,11 @@ class Session:
         self.open = True
         self._refs = itertools.count()
         self._heard = time.monotonic()
+
+    @property
+    def queued(self) -> str:
+        """The name under which it queues."""
+        return f"{self.owner}#{self.number}"
 
     def heard(self) -> None:
         """A sign of life."""
