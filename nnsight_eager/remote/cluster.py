@@ -7,6 +7,9 @@ actor = found("llama")
 """
 
 import os
+import socket
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -86,6 +89,46 @@ def place(kind: type, name: str, arguments: tuple[Any, ...], cpus: float, gpus: 
         max_concurrency=CALLS_AT_ONCE,
     )
     return remote.remote(*arguments)
+
+
+def refuse_without_room(cpus: float, gpus: float) -> None:
+    """Raise where the cluster does not have so much in all: actors would wait for it for ever."""
+    there = ray_module().cluster_resources()
+    if there.get("CPU", 0) < cpus or there.get("GPU", 0) < gpus:
+        raise RemoteError(
+            f"The cluster has {there.get('CPU', 0):g} processors and {there.get('GPU', 0):g} accelerators, and {cpus:g} and "
+            f"{gpus:g} are to be reserved.",
+            "`--cpus` and `--gpus` are reserved for each rank; `--cluster-cpus` is what a cluster is started with.",
+        )
+
+
+def companion(kind: type, arguments: tuple[Any, ...], cpus: float, gpus: float) -> Any:
+    """Make an actor that belongs to this one, and ends with it."""
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 4 * CALLS_AT_ONCE}
+    return ray_module().remote(kind).options(**options).remote(*arguments)
+
+
+def meeting_place() -> str:
+    """Where the ranks of a process group meet, of which this is the first: a file, where all of the cluster is here."""
+    address = ray_module().util.get_node_ip_address()
+    if address.startswith("127."):
+        return f"file://{tempfile.mkdtemp(prefix='nnsight_eager')}/ranks"
+    with socket.socket() as held:
+        held.bind((address, 0))
+        return f"tcp://{address}:{held.getsockname()[1]}"
+
+
+def done_by(calls: list[Any]) -> None:
+    """Wait for calls of companions; where one of these has died this process ends too, and Ray makes it anew."""
+    try:
+        ray_module().get(calls)
+    except ray_module().exceptions.RayActorError:
+        os._exit(1)
+
+
+def end_with(calls: list[Any]) -> None:
+    """End this process as soon as one of these calls is lost."""
+    threading.Thread(target=done_by, args=(calls,), name="nnsight_eager companions", daemon=True).start()
 
 
 def wait_for(actor: Any, name: str, ended: Any) -> None:

@@ -1,7 +1,7 @@
 """Functions that are the blocks of traces, run as the invokes of one forward pass where several wait for the model.
 
     passes = Passes(run, rows=32)
-    passes.do(Block(function, inputs, edits))        # what the function returns, when it has run, alone or with others
+    passes.do(Block(function, inputs, …))        # what the function returns, when it has run, alone or with others
 
 Nothing is waited for: while one pass runs others queue, and the next one takes whoever has waited longest and all that fit it.
 They fit where their inputs are of the same shape but for the rows, so that nothing is padded and each sees what it sees alone.
@@ -29,22 +29,24 @@ PLAIN: Final = (type(None), bool, int, float, str)
 
 
 class Block:
-    """A function that is the block of a trace, until it has run."""
+    """A function that was submitted, and where it is the block of a trace the inputs of that, until it has run."""
 
-    def __init__(self, function: Callable[[], Any], inputs: dict[str, Any], edits: list[Any], owner: str) -> None:
-        """`edits` are those of its client, which are of every row of a pass: with any it runs alone."""
-        self.inputs, self.edits, self.owner = inputs, edits, owner
+    def __init__(
+        self, function: Callable[[], Any], inputs: dict[str, Any] | None, edits: list[Any], owner: str, asked: Any
+    ) -> None:
+        """`edits` are those of its client, which are of every row of a pass: with any it runs alone. `asked` is how it came."""
+        self.function = function
+        self.inputs, self.edits, self.owner, self.asked = inputs, edits, owner, asked
         self.rows = max((len(each) for each in tensors(inputs) if each.dim()), default=1)
-        self.form = None if edits else form_of(inputs, self.rows)
+        self.form = None if inputs is None or edits else form_of(inputs, self.rows)
         self.done = False
         self.error: BaseException | None = None
-        self._function = function
         self._value: Any = None
 
     def run(self) -> None:
         """As the block: call the function, in context variables of its own, and keep what comes of it."""
         try:
-            self._value = copy_context().run(self._function)
+            self._value = copy_context().run(self.function)
         except Exception as error:
             self.error = error
 
@@ -129,4 +131,4 @@ def run_together(model: NNsight, blocks: Sequence[Block]) -> None:
 
     with torch.no_grad(), Trace(model._tree, "forward", None, Division(together, batched=True)) as tracer:
         for block in blocks:
-            tracer.invoke(block.run, **block.inputs)
+            tracer.invoke(block.run, **(block.inputs or {}))

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import torch
 
-from ..errors import RemoteError, RunEndedError
+from ..errors import LoadError, RemoteError, RunEndedError
 from ..interactive.held import HeldRun
 from ..language import LanguageModel
 from .addresses import Paths
@@ -27,9 +27,9 @@ from .functions import Functions
 from .holding import weights_of
 from .lanes import Lanes
 from .packing import Packed, form_of, packed, unpacked
+from .ranks import Alone
 from .served import ServedRun, device_of, told
 from .sessions import Limits, Seat, Session, Sessions
-from .turns import Turns
 from .wire import VERSION, Answer, At, Description, Message, Opened, plain
 
 NOWHERE: Final = At(None, "", 0, False, 0, False, True)
@@ -38,19 +38,24 @@ NOWHERE: Final = At(None, "", 0, False, 0, False, True)
 class Server:
     """A model, and who is connected to it."""
 
-    def __init__(self, name_or_folder: str, name: str, options: dict[str, Any], limits: Limits) -> None:
-        """Load the model; `options` are those of `LanguageModel`."""
+    def __init__(
+        self, name_or_folder: str, name: str, options: dict[str, Any], limits: Limits, ranks: Alone | None = None
+    ) -> None:
+        """Load the model; `options` are those of `LanguageModel`, `ranks` the actors that hold it together."""
         self.name = name
+        self._ranks = ranks = Alone() if ranks is None else ranks
         self._model = model = LanguageModel(name_or_folder, dispatch=True, **options)
         self._rename = options.get("rename")
         self._paths = Paths(model._module)
         self._weights = weights_of(model._module)
-        self._turns = Turns()
+        self._turns = ranks.turns
         self._lanes = Lanes()
-        self._functions = Functions(model, self._turns, limits.rows)
-        self._sessions = Sessions(limits, self._functions.view, self._close)
+        self._functions = Functions(model, ranks, limits.rows)
+        self._sessions = Sessions(limits, model._view, self._close)
         self._life = uuid.uuid4().hex
-        threading.Thread(target=self._watch, name="nnsight_eager watch", daemon=True).start()
+        self._ended = threading.Event()
+        if ranks.answers:
+            threading.Thread(target=self._watch, name="nnsight_eager watch", daemon=True).start()
 
     # Clients
 
@@ -61,9 +66,11 @@ class Server:
         dtype = str(getattr(module, "dtype", "")).removeprefix("torch.")
         return Description(VERSION, self.name, config, self._model.tokenizer, generation, dtype, self._rename)
 
-    def open(self, owner: str) -> Opened:
+    def open(self, owner: str, number: int | None = None) -> Opened:
         """Let a client in."""
-        session = self._sessions.open(owner)
+        session = self._sessions.open(owner, number)
+        with self._ranks.alike("open", owner, session.number):
+            pass
         return Opened(session.number, self._life, self._sessions.limits.silence / 4)
 
     def beat(self, session: int, forget: list[tuple[str, int]]) -> bool:
@@ -72,16 +79,22 @@ class Server:
             found = self._sessions[session]
         except KeyError:
             return False
+        if forget:
+            with self._ranks.alike("beat", session, forget):
+                self._forget(found, forget)
+        return True
+
+    def _forget(self, session: Session, forget: list[tuple[str, int]]) -> None:
         for kind, number in forget:
             if kind == "ref":
-                found.refs.pop(number, None)
+                session.refs.pop(number, None)
             else:
-                self._close(found, number, "was closed by its client")
-        return True
+                self._close(session, number, "was closed by its client")
 
     def leave(self, session: int) -> None:
         """The client goes, and what it has here goes with it."""
-        self._sessions.end(session)
+        with self._ranks.alike("leave", session):
+            self._sessions.end(session)
 
     def status(self) -> dict[str, Any]:
         """Who is connected, what runs are paused where, and how long each client has waited for its turns, in seconds."""
@@ -114,17 +127,31 @@ class Server:
             found = self._sessions[session]
         except KeyError:
             return None
-        return plain(self._gone(found, Message(*sent)))
-
-    def _gone(self, found: Session, message: Message) -> Answer:
-        """What came of a message."""
+        message = Message(*sent)
+        limit = self._sessions.limits.memory
         try:
-            seat = self._seat(found, message)
+            if message.begin is not None and limit is not None:
+                self._refuse_more(found, limit)
+            with self._ranks.alike("go", session, sent) as call:
+                answer = self._gone(found, message, call)
         except Exception as error:
-            return Answer(NOWHERE, None, told(error))
+            return plain(Answer(NOWHERE, None, told(error)))
+        if limit is not None and not answer.at.finished and not isinstance(answer.value, At):
+            answer = self._within_memory(found, message.run, answer, limit)
+        return plain(answer)
+
+    def _gone(self, found: Session, message: Message, call: int) -> Answer:
+        """What came of a message."""
+        seat = found.seat(message.run) if message.begin is None else Seat(self._lanes.take())
+        if message.begin is not None:
+            seat.lane.runs = 1  # type: ignore[union-attr]
         seat.busy = True
         try:
-            answer: Answer = seat.do(self._in_turn, found, seat, message)
+            answer: Answer = seat.do(self._in_turn, found, seat, message, call)
+        except BaseException:
+            if message.run not in found.seats:
+                self._leave_lane(seat)
+            raise
         finally:
             seat.busy, seat.touched = False, time.monotonic()
         if message.verb == "finish" and answer.error is None and not seat.run.by_hand:
@@ -133,33 +160,18 @@ class Server:
             self._close(found, message.run, "has ended: its forward pass has failed")
         if isinstance(answer.value, HeldRun):
             return answer._replace(value=self._forked(found, seat, answer.value, message))
-        if self._sessions.limits.memory is not None and not answer.at.finished:
-            return self._within_memory(found, message.run, answer, self._sessions.limits.memory)
         return answer
 
-    def _seat(self, session: Session, message: Message) -> Seat:
-        """The run that a message is for, which it may begin."""
-        if message.begin is None:
-            return session.seat(message.run)
-        if self._sessions.limits.memory is not None:
-            self._refuse_more(session, self._sessions.limits.memory)
-        lane = self._lanes.take()
-        try:
-            run = lane.do(ServedRun, session.model, message.begin, partial(session.lookup, session.model), self._paths)
-        except BaseException:
-            self._lanes.give(lane)
-            raise
-        lane.runs = 1
-        session.seats[message.run] = seat = Seat(run, lane)
-        return seat
-
-    def _in_turn(self, session: Session, seat: Seat, message: Message) -> Answer:
-        """On the lane: do what the message says when it is the client's turn."""
-        with self._turns.of(session.queued):
+    def _in_turn(self, session: Session, seat: Seat, message: Message, call: int) -> Answer:
+        """On the lane: do what the message says when it is the client's turn; it may begin the run."""
+        with self._turns.of(session.queued, call):
+            if message.begin is not None:
+                seat.run = ServedRun(session.model, message.begin, partial(session.lookup, session.model), self._paths)
+                session.seats[message.run] = seat
             answer = seat.run.do(message)
-        if message.verb == "value" and answer.error is None:
-            number = session.keep(answer.value)
-            answer = answer._replace(value=(number, form_of(answer.value)))
+            if message.verb == "value" and answer.error is None:
+                number = session.keep(answer.value)
+                answer = answer._replace(value=(number, form_of(answer.value)))
         if self._sessions.limits.memory is not None:
             seat.bytes = seat.run.nbytes(self._weights)
         return answer
@@ -170,7 +182,8 @@ class Server:
         assert lane is not None
         lane.runs += 1
         (number,) = message.args
-        session.seats[number] = Seat(fork, lane)
+        session.seats[number] = taken = Seat(lane)
+        taken.run = fork
         return lane.do(fork.at)  # type: ignore[no-any-return]
 
     def _close(self, session: Session, number: int, why: str) -> None:
@@ -179,9 +192,10 @@ class Server:
         if seat is None:
             return
         session.ended[number] = why
-        with contextlib.suppress(Exception):  # what the model's own `finally` blocks raise has no reader
-            seat.do(seat.run.close)
-        self._leave_lane(seat)
+        with self._ranks.alike("close", session.number, number):
+            with contextlib.suppress(Exception):  # what the model's own `finally` blocks raise has no reader
+                seat.do(seat.run.close)
+            self._leave_lane(seat)
 
     def _leave_lane(self, seat: Seat) -> None:
         """The run does not live on its lane any more."""
@@ -224,6 +238,10 @@ class Server:
         """Run a function next to the model: "returned" and what, "raised" and what, or "unknown" for the client."""
         return self._answered(session, lambda found: self._functions.run(found, job, sent))
 
+    def run_pass(self, asked: list[tuple[int, int, Packed]]) -> None:
+        """Where rank 0 tells this one to: run the functions that share a pass there."""
+        self._functions.run_pass([(self._sessions[session], job, sent) for session, job, sent in asked])
+
     def progress(self, session: int, job: int) -> tuple[int, int, str]:
         """How far a function has come: done, of how much, of what."""
         return self._functions.progress(session, job)
@@ -234,7 +252,8 @@ class Server:
 
     def call(self, session: int, path: str, sent: Packed) -> tuple[str, Any]:
         """Apply a module to values, beside every run."""
-        return self._answered(session, lambda found: packed(self._applied(found, path, sent)))
+        with self._ranks.alike("call", session, path, sent):
+            return self._answered(session, lambda found: packed(self._applied(found, path, sent)))
 
     def _applied(self, session: Session, path: str, sent: Packed) -> Any:
         args, kwargs = unpacked(sent, device=device_of(self._model._module), there=partial(session.lookup, session.model))
@@ -243,7 +262,8 @@ class Server:
 
     def handled(self, session: int, number: int, operation: str, sent: Packed | None) -> tuple[str, Any]:
         """Do something with what a client has a handle of; a tensor that comes of it stays here, under a number of its own."""
-        return self._answered(session, lambda found: self._handled(found, number, operation, sent))
+        with self._ranks.alike("handled", session, number, operation, sent):
+            return self._answered(session, lambda found: self._handled(found, number, operation, sent))
 
     def _handled(self, session: Session, number: int, operation: str, sent: Packed | None) -> Any:
         tensor = session.kept(number)
@@ -253,11 +273,11 @@ class Server:
         with self._functions.turn(session), torch.no_grad():
             function = args[0] if operation == "apply" else getattr(torch.Tensor, operation)
             value = function(tensor, *args[operation == "apply" :], **kwargs)
-        if not isinstance(value, torch.Tensor) or not value.dim():
-            return packed(value)
-        if operation == "__getitem__":
-            value = value.clone()  # a view would keep all of it
-        return session.keep(value), form_of(value)
+            if not isinstance(value, torch.Tensor) or not value.dim():
+                return packed(value)
+            if operation == "__getitem__":
+                value = value.clone()  # a view would keep all of it
+            return session.keep(value), form_of(value)
 
     def _answered(self, session: int, do: Callable[[Session], Any]) -> tuple[str, Any]:
         """What came of doing something for a client."""
@@ -272,12 +292,20 @@ class Server:
 
     # Inside
 
+    def _stand_together(self) -> None:
+        """Find out how the model is divided, which all ranks do at the same time; refused where it is not."""
+        if self._model._tree.memory.look_between(self._model._module, "forward") is None:
+            raise LoadError(
+                f"`{self.name}` is not divided among ranks: transformers has no plan for its architecture.",
+                "Leave `--tp` away; `--device-map auto` spreads a model over the devices of one actor.",
+            )
+
     def _watch(self) -> None:
         """Close what nobody will ask for any more."""
         every = min(self._sessions.limits.silence, self._sessions.limits.idle) / 4
         while True:
             time.sleep(every)
-            self._sessions.close_silent()
+            self._sessions.close_silent(self.leave)
 
 
 def _megabytes(size: int) -> str:
