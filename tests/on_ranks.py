@@ -402,6 +402,18 @@ def edits_stay(*models):
 
 
 @check
+def the_mask_of_a_prompt_is_read_where_it_is_met():
+    models = pair("llama")
+
+    def program(model):
+        with model.trace(IDS.tolist()):
+            return [kept(model.inputs), kept(model.model.inputs), kept(model.model.layers[1].input)]
+
+    for one, other in zip(*both(models, program), strict=True):
+        same(one, other)
+
+
+@check
 def a_run_is_held_by_hand():
     def program(model):
         with torch.no_grad():

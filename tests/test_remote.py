@@ -625,6 +625,34 @@ def test_clients_take_turns_and_who_has_computed_least_is_next():
     assert turns.waits("modest")[0] >= 0.05
 
 
+def test_a_rank_takes_the_turns_that_it_is_told_of_in_their_order_and_none_of_a_call_that_has_ended():
+    from nnsight_eager.remote.ranks import Follower
+
+    ranks, order = Follower(), []
+
+    def work(call, times):
+        with ranks.following(call):
+            for number in range(times):
+                with ranks.turns.of(f"client {call}"):
+                    order.append((call, number))
+
+    def work_too_long():
+        with pytest.raises(RunEndedError, match="On rank 0 this call has ended"):
+            work(3, 2)
+
+    threads = [threading.Thread(target=work, args=(call, 2)) for call in (1, 2)] + [threading.Thread(target=work_too_long)]
+    for thread in threads:
+        thread.start()
+    for number, call in {2: 1, 3: 3, 1: 2, 5: 4, 6: 1, 4: 2}.items():  # they may arrive in any order
+        ranks.turns.turn_is_of(number, call)
+    ranks.turns.left(4)  # it has ended here already
+    ranks.turns.call_has_ended(3, 6)
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert order == [(2, 0), (1, 0), (3, 0), (2, 1), (1, 1)]
+
+
 def test_a_turn_within_a_turn_is_the_same_one():
     from nnsight_eager.remote.turns import Turns
 
@@ -684,8 +712,8 @@ for call in (
 def test_the_command_refuses_in_a_sentence(capsys):
     from nnsight_eager.__main__ import main
 
-    assert main(["serve", "gpt2", "--name", "gpt2", "--tp", "2"]) == 1
-    assert capsys.readouterr().err.startswith("nnsight_eager: `--tp 2`: a served model is on one actor so far.")
+    assert main(["serve", "gpt2", "--name", "gpt2", "--tp", "2", "--device-map", "auto"]) == 1
+    assert capsys.readouterr().err.startswith("nnsight_eager: `--tp 2` with `--device-map` cannot be served.")
 
 
 def test_report_tells_nobody_outside_a_submitted_function():
