@@ -94,8 +94,8 @@ def main(folder: str, rounds: int) -> None:
 
 
 COLUMNS = (
-    "tokens", "put together", "the divided model, bare", "an empty trace adds", "a point that is whole", "this rank's part, `.local`",
-    "a shard, put together", "and replaced", "one bare `all_gather`",
+    "tokens", "put together", "the divided model, bare", "an empty trace adds", "a point that is whole",
+    "this rank's part, `.local`", "a shard, put together", "and replaced", "one bare `all_gather`",
 )  # fmt: skip
 
 

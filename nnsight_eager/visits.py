@@ -119,6 +119,9 @@ class Between(Protocol):
     def forward(self, make: Callable[..., Forward]) -> Callable[..., Forward]:
         """What makes the forwards, in the place of `make`."""
 
+    def write(self, extraction: Any, folder: Any) -> None:
+        """Make what is missing of an extraction in a folder."""
+
 
 class Visit(Tap):
     """One run's ear at one module, and the call in progress there: what it was called with, and what it has made.

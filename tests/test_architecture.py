@@ -48,10 +48,12 @@ MAY_IMPORT = {
         "visits",
     },
     "distributed.shown": {"distributed.layouts", "distributed.ranks", "distributed.shards", "errors", "nested"},
+    "distributed.writing": {"activations", "distributed.ranks", "errors", "extraction"},
     "distributed.spread": {
         "distributed.layouts",
         "distributed.ranks",
         "distributed.shown",
+        "distributed.writing",  # lazily, where an extraction is written
         "nested",
         "paths",
         "visits",

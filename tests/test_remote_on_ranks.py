@@ -146,6 +146,14 @@ def test_a_handle_and_a_module_are_of_the_whole(remote, local):
     same([handle[:, -1].get(), handle.norm()], [active[:, -1], active.norm()])
 
 
+def test_an_extraction_is_computed_by_all_ranks(remote, local, tmp_path):
+    texts, points = [[1, 2, 3], [4, 5], [6, 7, 8, 9]], ["model.layers.*", "model.layers.0.mlp.act_fn"]
+    there, here = (model.extract(texts, points, tmp_path / name) for name, model in (("there", remote), ("here", local)))
+    assert there.points == here.points
+    for one, other in zip(there, here, strict=True):
+        same([one[path] for path in here.points], [other[path] for path in here.points])
+
+
 def test_several_clients_and_their_functions_take_turns(served, local):
     models = [nnsight_eager.connect("llama", served[0]) for _ in range(3)]
     expected = edited(local)
