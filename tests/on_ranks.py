@@ -469,7 +469,7 @@ def what_would_show_this_ranks_part_is_refused():
 def all_ranks_extract_and_rank_0_writes():
     divided, solo = pair("llama")
     ranks, here = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    texts = [[1, 2, 3, 4][: number % 4 + 1] + [number] for number in range(12)]
+    texts = [[*range(number % 4 + 1), number] for number in range(12)]
     points = ["model.layers.*", "model.layers.0.mlp.act_fn"]
     options = {"batch_tokens": 8, "shard_bytes": 12_000}
 
