@@ -305,6 +305,7 @@ MAY_IMPORT = {
         "remote.served",
         "remote.sessions",
         "remote.wire",
+        "visits",
     },
     "remote.together": {"remote.cluster", "remote.ranks", "remote.serving", "remote.sessions"},
     "remote.cluster": {"errors"},

@@ -47,8 +47,12 @@ def saved(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(saved, tmp_path_factory):
     """The address, and the process of the command."""
-    with serving(saved, "llama", tmp_path_factory.mktemp("server"), "--tp", "2") as address_and_process:
-        yield address_and_process
+    os.environ["NNSIGHT_EAGER_RANKS_TIMEOUT"] = "4"
+    try:
+        with serving(saved, "llama", tmp_path_factory.mktemp("server"), "--tp", "2") as address_and_process:
+            yield address_and_process
+    finally:
+        del os.environ["NNSIGHT_EAGER_RANKS_TIMEOUT"]
 
 
 @pytest.fixture
@@ -228,3 +232,13 @@ def test_a_rank_that_is_killed_is_an_error_at_the_line_that_asks_or_the_run_is_r
         same(edited(other), edited(local))
     finally:
         other.disconnect()
+
+
+def test_ranks_that_have_lost_each_other_are_made_anew(remote, local):
+    def differing(model):
+        return None if torch.distributed.get_rank() else edited(model)
+
+    with pytest.raises(ServerLostError, match="the function that was submitted"):
+        remote.submit(differing).result(PATIENCE)
+    with torch.no_grad(), remote.trace(IDS, retries=1), local.trace(IDS):
+        same(block(remote), block(local))

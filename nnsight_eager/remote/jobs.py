@@ -62,13 +62,13 @@ class Future:
         """How far the function has come, as it says itself."""
         if not self.done():
             with contextlib.suppress(ServerLostError):  # which `result` will tell, or repeat
-                found = Progress(*self._line.control("progress", self._line.session.session, self._job))
+                found = Progress(*self._line.ask("progress", self._job))
                 self._last = found if found.total else self._last
         return self._last
 
     def cancel(self) -> None:
         """Have the function end when it next lets the model go on or says how far it has come; `result` then raises."""
-        self._line.control("cancel", self._line.session.session, self._job)
+        self._line.ask("cancel", self._job)
 
     def _awaited(self, timeout: float | None) -> tuple[str, Any]:
         """What has come of it, and how; raises `TimeoutError`."""

@@ -14,7 +14,7 @@ import itertools
 import os
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -49,11 +49,14 @@ class First(Alone):
 
     several = True
 
-    def __init__(self, others: list[Any], done: Any) -> None:
-        """`others` are the actors of the other ranks; `done` waits for what they do, and ends this process where one dies."""
+    def __init__(self, others: list[Any], done: Any, end: Any) -> None:
+        """`others` are the other ranks' actors, `end` ends this process, and so does `done` where what they do is lost."""
         self.turns = TurnsToTell(self._tell)
         self._others = others
         self._done = done
+        self._end = end
+        self.broken: Callable[[], bool] = lambda: False
+        """Whether the ranks have lost each other, and have to be made anew."""
         self._calls = itertools.count(1)
         self._told = 0
 
@@ -74,6 +77,8 @@ class First(Alone):
             for each in self._others:
                 each.call_has_ended.remote(number, self._told)
             self._done(doing)
+            if self.broken():
+                self._end()
 
     def _tell(self, call: int) -> None:
         self._told += 1

@@ -22,6 +22,7 @@ import torch
 from ..errors import LoadError, RemoteError, RunEndedError
 from ..interactive.held import HeldRun
 from ..language import LanguageModel
+from ..visits import Between
 from .addresses import Paths
 from .functions import Functions
 from .holding import weights_of
@@ -292,13 +293,15 @@ class Server:
 
     # Inside
 
-    def _stand_together(self) -> None:
+    def _stand_together(self) -> Between:
         """Find out how the model is divided, which all ranks do at the same time; refused where it is not."""
-        if self._model._tree.memory.look_between(self._model._module, "forward") is None:
+        between = self._model._tree.memory.look_between(self._model._module, "forward")
+        if between is None:
             raise LoadError(
                 f"`{self.name}` is not divided among ranks: transformers has no plan for its architecture.",
                 "Leave `--tp` away; `--device-map auto` spreads a model over the devices of one actor.",
             )
+        return between
 
     def _watch(self) -> None:
         """Close what nobody will ask for any more."""

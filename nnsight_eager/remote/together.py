@@ -25,8 +25,10 @@ class FirstRank(Server):
         given = name_or_folder, name, options, limits._replace(memory=None), size, meeting
         others = [cluster.companion(OtherRank, (*given, rank), cpus, gpus) for rank in range(1, size)]
         join(0, size, meeting)
-        super().__init__(name_or_folder, name, {**options, "tp_plan": "auto"}, limits, First(others, cluster.done_by))
-        self._stand_together()
+        ranks = First(others, cluster.done_by, cluster.end_here)
+        super().__init__(name_or_folder, name, {**options, "tp_plan": "auto"}, limits, ranks)
+        between = self._stand_together()
+        ranks.broken = lambda: between.broken
         cluster.end_with([each.hold.remote() for each in others])
 
 
