@@ -4,5 +4,5 @@ python -m benchmarks                        # all of them: tables; plots and JSO
 python -m benchmarks overhead cache --quick
 python benchmarks/overhead.py               # one of them
 
-`timing` measures, `report` shows, `question` is the command line that the scripts share, `subjects` has the models.
+`timing` measures, `report` shows, `question` is the command line that the scripts share, `models` has the models.
 """

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from models import gpt2, word_tokenizer
 from question import PEER, Asked, Case, answer
-from subjects import gpt2, word_tokenizer
 from timing import Ways
 
 from nnsight_eager import LanguageModel

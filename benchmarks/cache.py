@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from models import Recorded, gpt2
 from question import PEER, Asked, Case, answer
-from subjects import Recorded, gpt2
 from timing import Ways
 
 from nnsight_eager import NNsight

@@ -14,9 +14,9 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
+from models import gpt2, word_tokenizer
 from question import PEER, Asked, Case, answer
 from safetensors.torch import save_file
-from subjects import gpt2, word_tokenizer
 from timing import Ways
 
 from nnsight_eager import LanguageModel

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from models import gpt2, with_hooks, word_tokenizer
 from question import PEER, Asked, Case, answer
-from subjects import gpt2, with_hooks, word_tokenizer
 from timing import Ways
 
 from nnsight_eager import LanguageModel

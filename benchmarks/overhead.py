@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from models import Recorded, gpt2, mlp, with_hooks
 from question import PEER, Asked, Case, answer
-from subjects import Recorded, gpt2, mlp, with_hooks
 from timing import Ways
 
 from nnsight_eager import NNsight

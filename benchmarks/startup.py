@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 import torch
+from models import mlp, with_hooks
 from question import PEER, Asked, Case, answer
-from subjects import mlp, with_hooks
 from timing import Seconds, Way, Ways
 
 from nnsight_eager import NNsight

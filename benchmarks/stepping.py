@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from models import gpt2
 from question import Asked, Case, answer
-from subjects import gpt2
 from timing import Ways
 
 from nnsight_eager import LanguageModel

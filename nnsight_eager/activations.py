@@ -147,7 +147,33 @@ class Stored:
         return f"<{len(self)} tokens of {self.file.name}: {', '.join(self.points)}>"
 
 
-class Activations:
+class Indexed:
+    """What the index of a folder tells of the activations in it."""
+
+    _index: Index
+
+    @property
+    def points(self) -> dict[str, Form]:
+        """What is stored for each token, by module path, in the order the model comes by them."""
+        return self._index.points
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each text."""
+        return self._index.lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def number(self, text: int) -> int:
+        """Which text is meant: from the end where it is negative."""
+        number = operator.index(text)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"There are {len(self)} texts; there is no [{number}].")
+        return number % len(self)
+
+
+class Activations(Indexed):
     """The activations of a data set, as `model.extract` has written them.
 
         activations = Activations("folder")
@@ -180,25 +206,9 @@ class Activations:
                 self._places[text] = shard, start
                 start += index.lengths[text]
 
-    @property
-    def points(self) -> dict[str, Form]:
-        """What is stored for each token, by module path, in the order the model comes by them."""
-        return self._index.points
-
-    @property
-    def lengths(self) -> list[int]:
-        """The tokens of each text."""
-        return self._index.lengths
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
     def __getitem__(self, text: int) -> Stored:
         """One text, by its row in the data set."""
-        number = operator.index(text)
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"There are {len(self)} texts; there is no [{number}].")
-        number %= len(self)
+        number = self.number(text)
         shard, start = self._places[number]
         return Stored(shard_path(self.folder, shard), start, start + self.lengths[number], self.points)
 

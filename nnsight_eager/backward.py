@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, Final
 
 import torch
@@ -24,22 +24,12 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .compat import TensorPatch
 from .coroutine import Coroutine, current_stack, without_our_frames
-from .entering import is_entered
+from .entering import enters_call_of, is_entered
 from .errors import EditError, NotReachedError, OutOfOrderError, OutsideTraceError, RunEndedError, RunError
 from .nested import as_where_made, described
 
 _open: Final[ContextVar[tuple["Backward", ...]]] = ContextVar("nnsight_eager_backward_passes", default=())
 """The blocks that are open in this context, on whatever stack: tasks share a stack, and bodies of a trace a context."""
-
-
-class _Begun(threading.local):
-    """The backward passes in the middle of which this thread's autograd is, outermost first."""
-
-    def __init__(self) -> None:
-        self.passes: list[Coroutine] = []
-
-
-_begun: Final = _Begun()
 
 
 class Arrival:
@@ -76,6 +66,7 @@ class Backward:
         self._stack: Any = None
         self._at: Arrival | None = None
         self._hooks: dict[Node, Any] = {}
+        self._over = False
 
     def __enter__(self) -> "Backward":
         if self._pass.begun or self._stack is not None:
@@ -140,10 +131,10 @@ class Backward:
 
     def _go_on(self) -> None:
         self._at = None
-        passes = _begun.passes = [each for each in _begun.passes if not each.finished]
+        passes = _begun.passes = [each for each in _begun.passes if not each._pass.finished]
         if not self._pass.begun:
-            passes.append(self._pass)
-        elif passes[-1] is not self._pass:
+            passes.append(self)
+        elif passes[-1] is not self:
             raise RunError(
                 "Another backward pass has begun on this thread and is in the middle: autograd would run both together.",
                 "Read all gradients of a block without an `await` or a `yield` between them, or use threads.",
@@ -164,14 +155,36 @@ class Backward:
         )
 
     def _end(self) -> None:
-        """Close what is left of the pass, and take the hooks out of the graph."""
+        """Close what is left of the pass, and take the hooks out of the graph.
+
+        Autograd keeps one stack of passes a thread: one that another has begun inside of is closed when that other has ended.
+        """
         self._at = None
+        self._over = True
         try:
-            self._pass.close()
+            if self in _begun.passes:
+                _begun.close()
+            else:
+                self._pass.close()
         finally:
             for hook in self._hooks.values():
                 hook.remove()
             self._hooks = {}
+
+
+class _Begun(threading.local):
+    """The backward passes in the middle of which this thread's autograd is, outermost first."""
+
+    def __init__(self) -> None:
+        self.passes: list[Backward] = []
+
+    def close(self) -> None:
+        """Close those whose blocks have been left, as far as none that goes on is inside them."""
+        while self.passes and self.passes[-1]._over:
+            self.passes.pop()._pass.close()
+
+
+_begun: Final = _Begun()
 
 
 def _require_fit(value: Any, there: torch.Tensor | None, asked: str) -> None:
@@ -290,3 +303,24 @@ backward_blocks: Final = TensorPatch("backward", _backward)
 
 def _spelled(tensor: torch.Tensor) -> str:
     return f"The gradient of a tensor {described(tensor)}"
+
+
+class BackwardBlocks:
+    """Whether `with loss.backward():` waits for its block, in one trace."""
+
+    __slots__ = ("_allowed",)
+
+    def __init__(self) -> None:
+        self._allowed = False
+
+    def allow_in(self, *codes: CodeType) -> None:
+        """From now on it does, if any of this code says so."""
+        if not self._allowed and any(enters_call_of("backward", code) for code in codes):
+            backward_blocks.begin()
+            self._allowed = True
+
+    def end(self) -> None:
+        """It does no more, unless another trace is open."""
+        if self._allowed:
+            self._allowed = False
+            backward_blocks.end()

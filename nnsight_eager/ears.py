@@ -14,27 +14,23 @@ from typing import Any, TypeVar
 import torch
 
 from .aliases import Aliases
-from .compiled import CALL, Eagerly, tell
+from .compiled import CALL, ORIGINAL, Eagerly, keep_the_compiler_out, tell
+from .distributed.first import is_distributed
 from .errors import RunEndedError
-from .fast_paths import FAST, leave_where_seen
+from .fast_paths import FAST, Unfused
 from .inside import Apart, Part
 from .order import Order
 from .paths import modules_above, path_in, spelled
-from .taps import ABSENT, put_up, take_down, tap_at
-from .visits import Between, Forward, RootVisit, Visit, is_compiled, not_compiled
+from .taps import ABSENT, put_innermost, put_up, take_down, tap_at
+from .visits import Between, Forward, RootVisit, Visit
 
 P = TypeVar("P", bound=Part)
-
-
-def is_distributed() -> bool:
-    """Whether this process is one of several that torch knows of."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Memory:
     """What the runs of one model leave for the next: the order learned for each kind of call, ears and parts to use again."""
 
-    __slots__ = ("aliases", "alone", "between", "compiled", "orders", "parts", "told", "visits")
+    __slots__ = ("aliases", "alone", "between", "orders", "parts", "told", "visits")
 
     def __init__(self, aliases: Aliases) -> None:
         """Nothing has run yet. `aliases` are the model's other names, which messages use."""
@@ -42,7 +38,6 @@ class Memory:
         self.orders: dict[str, Order] = {}
         self.visits: dict[int, Visit] = {}
         self.parts: dict[Hashable, Part] = {}
-        self.compiled = False  # whether some module of it is, so that every ear has to be kept from the compiler
         self.told = False  # whether the user knows
         self.alone = False  # nothing is to stand between
         self.between: Between | None = None  # looked for before the first run of each kind of call
@@ -70,8 +65,8 @@ class Memory:
 class Ears:
     """The ears of one run, by the identity of their module."""
 
-    __slots__ = ("_around", "_eagerly", "_forward", "_name", "_put_up", "_root", "_stack", "apart", "memory", "open", "order",
-        "visits")  # fmt: skip
+    __slots__ = ("_around", "_eagerly", "_forward", "_name", "_put_up", "_root", "_stack", "_unfused", "apart", "memory",
+        "open", "order", "visits")  # fmt: skip
 
     def __init__(self, root: torch.nn.Module, name: str, forward: Forward, memory: Memory) -> None:
         """No module listens yet. `name` is the kind of call, `memory` what earlier runs of this model have left."""
@@ -84,6 +79,7 @@ class Ears:
         self.visits, memory.visits = memory.visits, {}
         self.open = True
         self._put_up: list[Visit] = []
+        self._unfused: list[Unfused] = []
         self.apart: dict[Hashable, Apart] = {}
         self._eagerly = Eagerly()
         self._around: frozenset[int] | None = None
@@ -91,8 +87,8 @@ class Ears:
 
     def begin(self, several_steps: bool) -> None:
         """Listen where a run always does; `several_steps` says that the call may run the root several times, or not at all."""
+        keep_the_compiler_out()
         if self._name not in self.memory.orders:
-            self.memory.compiled = any(map(is_compiled, self._root.modules()))
             self._forward.learn(self.order)
             self._listen_at(self._root.modules())
         elif self.order.repeats:
@@ -136,6 +132,7 @@ class Ears:
     def take_down(self) -> None:
         """Take every ear out of its module, and let owners call no part apart."""
         take_down(self._put_up)
+        take_down(self._unfused)
         self._eagerly.end()
         while self.apart:
             key = next(reversed(self.apart))
@@ -167,10 +164,11 @@ class Ears:
         put_up(visit, self._stack)
         if isinstance(module, Part):
             self.of_part(module).hear(module, visit)
-        elif CALL in visit.own or visit._original is not ABSENT:
+        elif CALL in visit.own or visit._original is not ABSENT or hasattr(visit.__wrapped__, ORIGINAL):
             self._run_eagerly(visit)
         if isinstance(module, FAST):
-            leave_where_seen(visit, self.visits)
+            self._unfused.append(Unfused.of(module, self.visits))  # kept before it is put up, as above
+            put_innermost(self._unfused[-1], self._stack)
         if self.learning:
             return visit  # every module listens
         around = self.order.around.get(id(module))
@@ -200,7 +198,7 @@ class Ears:
         kind: Any = RootVisit if module is self._root else Visit
         if self.memory.between is not None:
             kind = self.memory.between.ear(kind)
-        visit = tap_at(not_compiled(kind)() if self.memory.compiled else kind(), module)
+        visit: Visit = tap_at(kind(), module)
         visit.rest()
         self.visits[id(module)] = visit  # whole before it is kept: Ctrl-C may come between any two lines
         return visit

@@ -12,25 +12,42 @@ from typing import Any, Final
 
 import torch
 
-from .taps import with_a_hook
+from .coroutine import current_stack
+from .inside import Part
+from .taps import Tap, tap_at, with_a_hook
 from .visits import Visit
 
 FAST: Final = torch.nn.TransformerEncoderLayer
 
 
-def leave_where_seen(visit: Visit, visits: Mapping[int, Visit]) -> None:
-    """Have the layer that this visit is to call its children, if one of the ears among `visits` in it is waited for."""
-    layer, forward = visit.module, visit.__wrapped__
-    inside = [*map(id, layer.modules())][1:]
+class Unfused(Tap):
+    """Keeps a layer from its fused path while one run waits for a point in it; it stands below all that listen there."""
 
-    def called(*args: Any, **kwargs: Any) -> Any:
-        ears = (visits.get(key) for key in inside)
-        if any(ear is not None and ear.forward is visit.forward and _is_waited_for(ear) for ear in ears):
-            with with_a_hook(layer):
-                return forward(*args, **kwargs)
-        return forward(*args, **kwargs)
+    __slots__ = ("_ears", "_inside")
 
-    visit.__wrapped__ = called
+    _ears: Mapping[int, Visit]
+    _inside: frozenset[int]
+
+    @classmethod
+    def of(cls, layer: torch.nn.Module, ears: Mapping[int, Visit]) -> "Unfused":
+        """The tap for this layer of the run that has these `ears`, which is still to be put up."""
+        tap = tap_at(cls(), layer)
+        tap._ears, tap._inside = ears, frozenset(map(id, layer.modules())) - {id(layer)}
+        return tap
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """One call of the layer."""
+        if current_stack() is not self.stack:
+            return self.pass_through(args, kwargs)
+        if any(ear.stack is self.stack and self._is_inside(ear) and _is_waited_for(ear) for ear in self._ears.values()):
+            with with_a_hook(self):
+                return self.__wrapped__(*args, **kwargs)
+        return self.__wrapped__(*args, **kwargs)
+
+    def _is_inside(self, ear: Visit) -> bool:
+        """Whether the ear is at a child, at whatever depth, or at an operation in the layer's own forward."""
+        at = ear.module
+        return id(at) in self._inside or (isinstance(at, Part) and at.owner is self.module)
 
 
 def _is_waited_for(ear: Visit) -> bool:

@@ -8,9 +8,10 @@ Each property is annotated exactly `-> torch.Tensor`: with any other annotation,
 see what it has, and so runs the model (IPython 9.18).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd.graph import GradientEdge
@@ -23,7 +24,23 @@ from .nested import described, first_tensor, with_first_tensor
 from .paths import PATTERN, spelled
 from .run import Run
 from .tracebacks import at_the_users_line
-from .visits import FIRST, INPUT, NEXT, NEXT_IN_STEP, OUTPUT, Kind, Visit, Which
+from .visits import FIRST, INPUT, OUTPUT, Kind, Visit, Which
+
+S = TypeVar("S", bound="Points")
+
+
+def _read(getter: Callable[[S], torch.Tensor]) -> Callable[[S], torch.Tensor]:
+    """The getter of a point, whose errors begin at the user's line and are told to `_failed`."""
+
+    @wraps(getter)
+    def read(points: S) -> torch.Tensor:
+        try:
+            return getter(points)
+        except BaseException as error:
+            points._failed(error)
+            raise
+
+    return read
 
 
 class Points:
@@ -40,6 +57,10 @@ class Points:
         """The visit asked for: the run is paused at it when this returns."""
         return self._run().ask(self._module, kind, self._path)
 
+    def _failed(self, error: BaseException) -> None:
+        """A point could not be read: what every error goes through on its way to the user's line."""
+        error.__traceback__ = without_our_frames(error.__traceback__)
+
     @property
     def output(self) -> torch.Tensor:
         """What the module returns: `hidden = layer.output`, `layer.output = hidden * 0`.
@@ -47,11 +68,11 @@ class Points:
         It is what the calling module receives, after forward hooks, in the type the module returned: a tensor, a tuple, a
         model output. Raises `OutOfOrderError`, `NotReachedError` or `OutsideTraceError` at the line that asked.
         """
-        try:  # as `at_the_users_line` does, without the cost of another call: this is the hot path
+        try:  # as `_read` does, without the cost of another call: this is the hot path
             visit = self._visit(OUTPUT)
             return visit.part(visit.value, OUTPUT)  # type: ignore[no-any-return]
         except BaseException as error:
-            error.__traceback__ = without_our_frames(error.__traceback__)
+            self._failed(error)
             raise
 
     @output.setter
@@ -60,7 +81,7 @@ class Points:
         self._run().replace(self._visit(OUTPUT), value, self._path)
 
     @property
-    @at_the_users_line
+    @_read
     def input(self) -> torch.Tensor:
         """The module's first positional argument, else its first keyword argument: `layer.input`, `layer.input = x`.
 
@@ -81,7 +102,7 @@ class Points:
         self._run().replace(visit, new, self._path)
 
     @property
-    @at_the_users_line
+    @_read
     def inputs(self) -> torch.Tensor:
         """All the module's arguments, `(args, kwargs)`: `(hidden, *rest), keywords = layer.inputs`."""
         visit = self._received()
@@ -98,7 +119,7 @@ class Points:
         self._run().replace(self._entering("inputs"), (tuple(value[0]), value[1]), self._path)
 
     @property
-    @at_the_users_line
+    @_read
     def hidden(self) -> torch.Tensor:
         """The first tensor of the output, whatever it is wrapped in: `[batch, seq, hidden]` for a transformer block.
 
@@ -120,7 +141,7 @@ class Points:
         self._run().replace(visit, with_first_tensor(visit.value, value), self._path)
 
     @property
-    @at_the_users_line
+    @_read
     def pattern(self) -> torch.Tensor:
         """The attention probabilities `[batch, head, query, key]` of an attention module, whatever the model computes it with.
 
@@ -138,12 +159,17 @@ class Points:
 
     def _at_pattern(self, which: Which = FIRST) -> tuple[Visit, str]:
         """The visit to the part that computes the pattern, and its path."""
-        run, path = self._run(), f"{self._path}.{PATTERN}"
-        pattern = run.part((id(self._module), PATTERN), lambda: pattern_of(self._module, self._path))
+        run = self._run()
+        pattern, path = self._pattern(run)
         return run.ask(pattern, OUTPUT, path, which), path
 
+    def _pattern(self, run: Run) -> tuple[torch.nn.Module, str]:
+        """The part that computes the pattern, and its path."""
+        pattern = run.part((id(self._module), PATTERN), lambda: pattern_of(self._module, self._path))
+        return pattern, f"{self._path}.{PATTERN}"
+
     @property
-    @at_the_users_line
+    @_read
     def output_grad(self) -> torch.Tensor:
         """The gradient of what the module gave (the first tensor of its output), in the block of a backward pass.
 
@@ -191,7 +217,7 @@ class Points:
         """Leave out the module's forward and go on with `value` as its output: `layer.skip(layer.input)`."""
         self._run().skip(self._entering("skip"), value, self._path)
 
-    def next(self) -> "AtNextVisit":
+    def next(self) -> Any:
         """The same points at the next visit after now, in whatever step."""
         raise NotImplementedError
 
@@ -259,60 +285,71 @@ class LocalPoints:
         self._points = points
 
     @property
+    @at_the_users_line
     def output(self) -> torch.Tensor:
         """This rank's part of what the module returns."""
         with self._at(OUTPUT):
             return self._points.output
 
     @output.setter
+    @at_the_users_line
     def output(self, value: Any) -> None:
         with self._at(OUTPUT):
             self._points.output = value
 
     @property
+    @at_the_users_line
     def input(self) -> torch.Tensor:
         """This rank's part of the first argument."""
         with self._at(INPUT):
             return self._points.input
 
     @input.setter
+    @at_the_users_line
     def input(self, value: Any) -> None:
         with self._at(INPUT):
             self._points.input = value
 
     @property
+    @at_the_users_line
     def inputs(self) -> torch.Tensor:
         """This rank's part of all arguments, `(args, kwargs)`."""
         with self._at(INPUT):
             return self._points.inputs
 
     @inputs.setter
+    @at_the_users_line
     def inputs(self, value: Any) -> None:
         with self._at(INPUT):
             self._points.inputs = value
 
     @property
+    @at_the_users_line
     def hidden(self) -> torch.Tensor:
         """This rank's part of the first tensor of the output."""
         with self._at(OUTPUT):
             return self._points.hidden
 
     @hidden.setter
+    @at_the_users_line
     def hidden(self, value: Any) -> None:
         with self._at(OUTPUT):
             self._points.hidden = value
 
     @property
+    @at_the_users_line
     def pattern(self) -> torch.Tensor:
         """The pattern of this rank's heads."""
         with self._points._at_pattern()[0].local():
             return self._points.pattern
 
     @pattern.setter
+    @at_the_users_line
     def pattern(self, value: Any) -> None:
         with self._points._at_pattern()[0].local():
             self._points.pattern = value
 
+    @at_the_users_line
     def skip(self, value: Any) -> None:
         """Leave out the module's forward and go on with `value` as this rank's part of its output."""
         with self._at(INPUT):
@@ -321,67 +358,3 @@ class LocalPoints:
     def _at(self, kind: Kind) -> AbstractContextManager[None]:
         """The visit, whose values are what this rank holds while it is asked here."""
         return self._points._visit(kind).local()
-
-
-class AtNextVisit(Points):
-    """Points at the next visit after now, and, once that is met, at the same one: what `next()` gives."""
-
-    _met: tuple[Visit, int, int] | None = None
-
-    def _visit(self, kind: Kind) -> Visit:
-        """The next visit the first time, and the same one from then on."""
-        run, met = self._run(), self._met
-        if met is None:
-            return self._go_on(run, kind)
-        visit = met[0]
-        if self._goes_on():
-            if visit is run.at and (visit.kind is kind or kind is INPUT):
-                return run.ask(self._module, kind, self._path)
-            if kind is OUTPUT:
-                return self._go_on(run, kind)
-        raise self._over(kind)
-
-    def _at_pattern(self, which: Which = FIRST) -> tuple[Visit, str]:
-        """The pattern that the call which this stands for computes."""
-        if self._met is None:
-            self._visit(INPUT)
-        if not self._goes_on():
-            raise self._over(PATTERN)
-        return super()._at_pattern(NEXT if self._is_entered() else which)
-
-    def _goes_on(self) -> bool:
-        """Whether the visit that was met is still the module's."""
-        met = self._met
-        return met is not None and met[0].going_on and (met[0], met[0].step, met[0].times) == met
-
-    def _is_entered(self) -> bool:
-        """Whether the run is paused at the input of the visit that was met."""
-        at = self._run().at
-        return self._met is not None and at is self._met[0] and at.kind is INPUT
-
-    def _over(self, kind: str) -> OutOfOrderError:
-        """The error for an ask when the visit that was met has ended."""
-        run, asked = self._run(), spelled(self._path, kind, further=True)
-        return OutOfOrderError(
-            f"The visit that this `{asked}` met is over; the run has moved on.",
-            f"Write `{asked}` once more for the visit after this, or keep the value in a variable.",
-            asked=asked,
-            paused_at=spelled(run.path_of(run.at.module), run.at.kind) if run.at else "",
-            step=run.step,
-        )
-
-    def _meets_in_step(self) -> bool:
-        """Run on to the next visit, if there is one in this step."""
-        try:
-            self._go_on(self._run(), INPUT, NEXT_IN_STEP)
-        except NotReachedError:
-            return False
-        return True
-
-    def _go_on(self, run: Run, kind: Kind, which: Which = NEXT) -> Visit:
-        """On to the next visit, which this then stands for."""
-        seen = run.ask(self._module, kind, self._path, which)
-        visit = run.at
-        assert visit is not None
-        self._met = visit, visit.step, visit.times
-        return seen

@@ -91,6 +91,8 @@ class Run:
         at, forward = self.at, self._forward
         if at is not None and at.module is module and not which and (at.kind is kind or kind is INPUT):
             return at
+        if at is None and current_stack() is self._stack:
+            raise inside_forward()  # before anything is noted: somebody waits for the model, perhaps for the same point
         visit = self._expected(module, kind, path, which)
         if kind is OUTPUT:
             visit.stop_after = True
@@ -186,6 +188,8 @@ class Run:
 
     def _resume(self) -> None:
         """Let the model go on until it pauses at a visit, or a step, or all, has ended."""
+        if current_stack() is self._stack:
+            raise inside_forward()
         at, self.at = self.at, None
         self._forward.awaited = False
         try:

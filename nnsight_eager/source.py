@@ -20,9 +20,10 @@ import torch
 from .calls import OperationPart, called_at, module_called, no_operation
 from .ears import Memory
 from .errors import OutsideTraceError, RunEndedError, SourceError
+from .further import AtNextVisit
 from .operations import Dissected, dissected, held, peeled
 from .paths import path_in, spelled
-from .points import AtNextVisit, Points
+from .points import Points
 from .run import Run
 from .taps import own_forward
 from .visits import INPUT, Visit

@@ -19,7 +19,7 @@ import copy
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType, MethodType
+from types import FrameType
 from typing import Any, Final, TypeVar
 
 import torch
@@ -33,8 +33,8 @@ T = TypeVar("T", bound="Tap")
 ABSENT: Final = object()
 # Reentrant, since a collected run takes its taps out, and a collection can start in any line below.
 _lock: Final = threading.RLock()
-# What runs have put aside, which overlap on several threads: how many have, and the value. Empty where no run is open.
-_aside: Final[dict[tuple[int, str], tuple[int, Any]]] = {}
+# What runs have put aside, which overlap on several threads, and who has. Empty where no run is open.
+_aside: Final[dict[tuple[int, str], tuple[Any, set[object]]]] = {}
 global_forward_hooks: Final = torch_module._global_forward_hooks
 
 
@@ -70,7 +70,7 @@ class Tap:
             called = _module_called(_torch_frame(sys._getframe(1)))
             # A shallow copy (a `DataParallel` replica) shares this very tap with the module it was copied from.
             if called is not None and called is not self.module and isinstance(called.__dict__.get("forward"), Tap):
-                forward = MethodType(type(called).forward, called)
+                forward = _forward_of_class(called)
         if self.stack is None:
             with _lock:
                 self._step_aside()
@@ -119,7 +119,7 @@ class Tap:
         if isinstance(original, Tap) and original.module is not module:
             original = ABSENT  # shared with the module this one is a shallow copy of
         self._original = original
-        self.__wrapped__ = MethodType(type(module).forward, module) if original is ABSENT else original
+        self.__wrapped__ = _forward_of_class(module) if original is ABSENT else original
         module.__dict__["forward"] = self
 
     def _step_aside(self) -> None:
@@ -134,7 +134,9 @@ class Tap:
             self._give_back(own)
         while isinstance(outer, Tap) and outer is not self:
             if outer._original is self:
-                outer._original, outer.__wrapped__ = self._original, self.__wrapped__
+                outer._original = self._original
+                if outer.__wrapped__ is self:  # at an operation it is the call in progress
+                    outer.__wrapped__ = self.__wrapped__
             outer = outer._original
         while isinstance(outer := own.get("forward"), Tap) and outer.stack is None:
             outer._give_back(own)  # one of ours that somebody saved and put back
@@ -192,7 +194,7 @@ def _silent(module: torch.nn.Module, *original: Any) -> Tap:
     tap = Tap()
     tap.module, tap.own, tap.stack, tap.pending, tap.spent = module, module.__dict__, None, None, True
     tap._original = original[0] if original else ABSENT
-    tap.__wrapped__ = original[0] if original else MethodType(type(module).forward, module)
+    tap.__wrapped__ = original[0] if original else _forward_of_class(module)
     return tap
 
 
@@ -235,7 +237,19 @@ def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
     forward = module.__dict__.get("forward", ABSENT)
     while isinstance(forward, Tap):
         forward = forward._original
-    return MethodType(type(module).forward, module) if forward is ABSENT else forward
+    return _forward_of_class(module) if forward is ABSENT else forward
+
+
+def _forward_of_class(module: torch.nn.Module) -> Callable[..., Any]:
+    """What `module.forward` is without one of its own, found as Python finds it."""
+    kind = type(module)
+    forward = next(vars(each)["forward"] for each in kind.__mro__ if "forward" in vars(each))
+    if not hasattr(forward, "__get__"):
+        return forward  # type: ignore[no-any-return]
+    try:
+        return forward.__get__(module, kind)  # type: ignore[no-any-return]
+    except AttributeError:  # of a traced module (torch 2.13)
+        return module.__getattr__("forward")  # type: ignore[return-value]
 
 
 def take_down(taps: Iterable[Tap]) -> None:
@@ -251,35 +265,43 @@ def take_down(taps: Iterable[Tap]) -> None:
 
 
 @contextlib.contextmanager
-def with_a_hook(module: torch.nn.Module) -> Iterator[None]:
-    """While the block runs the module has a forward hook, which does nothing."""
-    handle = module.register_forward_hook(lambda *_: None)
+def with_a_hook(tap: Tap) -> Iterator[None]:
+    """While the block runs the tap's module has a forward hook, which does nothing."""
+    hooks = tap.module._forward_hooks
+    handle = RemovableHandle(hooks)
+    # Noted first and forgotten last: after an interrupt in between, the tap takes the hook with it.
+    pending = tap.pending = tap.pending or []
+    pending.append(handle.remove)
     try:
+        hooks[handle.id] = lambda *_: None
         yield
     finally:
         handle.remove()
+        pending.remove(handle.remove)
 
 
-def put_aside(module: torch.nn.Module, name: str) -> bool:
-    """Have an attribute of the module itself be `None` until it is put forth as often; whether it has such a one."""
+def put_aside(module: torch.nn.Module, name: str, user: object) -> bool:
+    """Have an attribute of the module itself be `None` until all its users put it forth; whether it has such a one."""
     own = module.__dict__
     with _lock:
-        count, value = _aside.get((id(own), name), (0, own.get(name)))
+        value, users = _aside.get((id(own), name), (own.get(name), set[object]()))
         if value is not None:
-            _aside[id(own), name] = count + 1, value
+            users.add(user)
+            _aside[id(own), name] = value, users  # before it is taken out: Ctrl-C may come in between
             own[name] = None
     return value is not None
 
 
-def put_forth(module: torch.nn.Module, name: str) -> None:
-    """Put back what was put aside, if nobody else has it aside."""
+def put_forth(module: torch.nn.Module, name: str, user: object) -> None:
+    """Put back what `user` has put aside, if nobody else has it aside; done twice, it changes nothing."""
     own = module.__dict__
     with _lock:
-        count, value = _aside.pop((id(own), name))
-        if count > 1:
-            _aside[id(own), name] = count - 1, value
-        elif own.get(name) is None:
-            own[name] = value
+        value, users = _aside.get((id(own), name), (None, set[object]()))
+        users.discard(user)
+        if not users and value is not None:
+            if own.get(name) is None:
+                own[name] = value
+            del _aside[id(own), name]
 
 
 def exchange(module: torch.nn.Module, name: str, value: Any) -> Any:

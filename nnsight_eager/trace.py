@@ -8,12 +8,12 @@ tracer.result
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import CodeType, FunctionType, TracebackType
+from types import FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .backward import Backward, backward_blocks
+from .backward import Backward, BackwardBlocks
 from .batching import Given, divided
 from .bodies import Barrier, Body
 from .cache import Cache, Keep, Positions
@@ -22,7 +22,7 @@ from .compat import add_save_to_builtins
 from .coroutine import without_our_frames
 from .current import enter, leave, opening_frames
 from .distributed.first import OneOfRanks
-from .entering import enters_call_of, is_entered
+from .entering import is_entered
 from .errors import InputError, InvokeError, RunEndedError, RunError, StepError
 from .invokes import Division, Invoke, InvokeInPlace, Invokes, outside_invokes
 from .paths import spelled
@@ -52,13 +52,12 @@ class Trace(OneOfRanks):
         Without a `call` the trace has no input of its own and is divided into invokes; without a `division` it cannot be.
         """
         self._tree, self._name = tree, name
-        self._call = call
-        self._division = division
+        self._call, self._division = call, division
         self._run: Run | None = None
         self._invokes: Invokes | None = None
         self._results: list[Any] | None = None
         self._view: Envoy | None = None
-        self._blocks_of_backward = False  # whether `with loss.backward():` works in the block
+        self._blocks_of_backward = BackwardBlocks()
 
     def __enter__(self) -> "Trace":
         if (self._run is not None and self._run.open) or (self._invokes is not None and self._invokes.open):
@@ -69,7 +68,7 @@ class Trace(OneOfRanks):
             self._divide()
         else:
             self._begin(self._run_of(self._call))
-        self._allow_blocks_of_backward(*(frame.f_code for frame in opening_frames(user_frame())))
+        self._blocks_of_backward.allow_in(*(frame.f_code for frame in opening_frames(user_frame())))
         return self
 
     def __del__(self) -> None:
@@ -88,6 +87,14 @@ class Trace(OneOfRanks):
 
         return HeldRun.begun(self, keep)
 
+    @at_the_users_line
+    def fork(self, keep: bool = True) -> "HeldRun":
+        """Raise: what a fork is led by has to be kept from the start."""
+        raise RunError(
+            "This trace keeps nothing that it could be forked by.",
+            "Write `model.trace(..., keep=True)`, or hold the run by hand: `model.trace(...).start()` forks as it is.",
+        )
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         without_our_frames(traceback)  # the reader's own lines remain
         try:
@@ -96,9 +103,7 @@ class Trace(OneOfRanks):
             raised.__traceback__ = without_our_frames(raised.__traceback__)
             raise
         finally:
-            if self._blocks_of_backward:
-                self._blocks_of_backward = False
-                backward_blocks.end()
+            self._blocks_of_backward.end()
 
     def _leave(self, error: BaseException | None) -> bool:
         """End whatever has been begun; whether `error` has thereby done what it was raised for."""
@@ -110,12 +115,6 @@ class Trace(OneOfRanks):
         else:
             self._invokes.open = False
         return False
-
-    def _allow_blocks_of_backward(self, *codes: CodeType) -> None:
-        """Have `with loss.backward():` wait for its block from now on, if any of this code says so."""
-        if not self._blocks_of_backward and any(enters_call_of("backward", code) for code in codes):
-            backward_blocks.begin()
-            self._blocks_of_backward = True
 
     def _run_of(self, call: Call, make: Callable[..., Forward] | None = None) -> Run:
         """A run of the code of one block, with the model's stored edits."""
@@ -180,7 +179,7 @@ class Trace(OneOfRanks):
         together = self._division.batched
         invoke: Any = Invoke(self._invokes, given, rows is None) if together else InvokeInPlace(self, given)
         if isinstance(function, FunctionType):
-            self._allow_blocks_of_backward(function.__code__)
+            self._blocks_of_backward.allow_in(function.__code__)
         return invoke if function is None else invoke(function)
 
     def backward(
@@ -227,13 +226,16 @@ class Trace(OneOfRanks):
         in a padded batch they count padding, so count from the end where it is on the left.
         In an invoke the cache keeps the invoke's rows. Raises `PathError` for a path that names no module.
         """
-        cache = Cache(own=self._tree.memory.aliases.own)
         keep = Keep(device, dtype, detach, include_output, include_inputs, positions)
-        chosen = Envoy(self._tree.root, "", self._tree)._chosen(modules)
+        return self._keeping(Envoy(self._tree.root, "", self._tree)._chosen(modules), keep, modules is not None)
+
+    def _keeping(self, chosen: dict[str, torch.nn.Module], keep: Keep, named: bool) -> Cache:
+        """A cache of these modules from here on; `named` says that somebody has named them."""
+        cache = Cache(own=self._tree.memory.aliases.own)
 
         def watch(run: Run) -> None:
             for path, module in chosen.items():
-                run.watch(module, cache.watcher(path, keep, run.view(path), named=modules is not None))
+                run.watch(module, cache.watcher(path, keep, run.view(path), named=named))
 
         if self._run is None and self._invokes is not None:
             self._invokes.at_begin.append(watch)
@@ -393,8 +395,6 @@ class Trace(OneOfRanks):
             state = f"{count} invoke{'s' * (count > 1)}" if count else "not begun"
         elif run.at is not None:
             state = f"paused at {spelled(run.path_of(run.at.module), run.at.kind)}, step {run.step}"
-        elif not run.open:
-            state = "closed" if run.cut_short else "finished"
         else:
-            state = "finished" if run.finished else "at the start"
+            state = "closed" if run.cut_short else "finished" if run.finished or not run.open else "at the start"
         return f"<{self._name} of {type(self._tree.root).__name__}: {state}>"

@@ -15,9 +15,10 @@ from .coroutine import without_our_frames
 from .current import current
 from .ears import Memory
 from .errors import EditError, NnsightEagerError, PathError, SourceError
+from .further import AtNextVisit
 from .outline import Outline, Row, Seen
 from .paths import matching, near, spelled
-from .points import AtNextVisit, Points
+from .points import Points
 from .run import Run
 from .source import Source, source_of
 from .visits import Forward, Kind, Visit
@@ -93,13 +94,12 @@ class Envoy(Points):
         # One look into the dictionary: an attribute of a class with `__getattr__` costs ten times a plain one.
         own = self.__dict__
         tree = own["_tree"]
-        try:
-            return (tree.bound_to or current(tree.root)).ask(own["_module"], kind, own["_path"])
-        except BaseException as error:
-            if isinstance(error, AttributeError):
-                own["_raised"] = error  # raised by the model, and taken for a missing property: see `__getattr__`
-            error.__traceback__ = without_our_frames(error.__traceback__)
-            raise
+        return (tree.bound_to or current(tree.root)).ask(own["_module"], kind, own["_path"])
+
+    def _failed(self, error: BaseException) -> None:
+        super()._failed(error)
+        if isinstance(error, AttributeError):
+            self.__dict__["_raised"] = error  # by the model; Python takes it for a missing property: see `__getattr__`
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         """Apply the module, in or out of a trace, without touching the run: `model.lm_head(model.transformer.ln_f(hidden))`.
@@ -190,6 +190,9 @@ class Envoy(Points):
         if raised is not None and isinstance(getattr(type(self), name, None), property):
             try:
                 raise raised
+            except AttributeError as error:
+                error.__traceback__ = without_our_frames(error.__traceback__)
+                raise
             finally:
                 del raised
         if self._has_child(name):
@@ -217,8 +220,9 @@ class Envoy(Points):
         if name.startswith("_") or isinstance(ours, property) or (hasattr(type(self), name) and not callable(ours)):
             try:
                 object.__setattr__(self, name, value)
-            finally:
-                self.__dict__.pop("_raised", None)
+            except BaseException as error:
+                error.__traceback__ = without_our_frames(error.__traceback__)
+                raise
         elif callable(ours):
             where = spelled(self._path, name)
             raise EditError(f"`{where}` is a method and cannot be assigned.", f"Call it: `{where}(...)`.")

@@ -6,9 +6,7 @@ would otherwise keep itself alive.
 
 import contextlib
 import sys
-import types
 from collections.abc import Callable
-from functools import cache
 from types import FrameType
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
@@ -320,18 +318,6 @@ class RootVisit(Visit):
                 forward.pause(None)  # at no visit
             forward.step += 1
         return value
-
-
-@cache
-def not_compiled(kind: type[Visit]) -> type[Visit]:
-    """The same ear where the compiler is at work: it breaks its graph at the ear, and leaves alone what runs while paused."""
-    call = torch._dynamo.disable(kind.__call__)  # type: ignore[no-untyped-call]
-    return types.new_class("NotCompiled", (kind,), exec_body=lambda names: names.update(__slots__=(), __call__=call))
-
-
-def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether calls of the module go through the compiler."""
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def refuse_in_checkpoint(frame: FrameType | None, point: Callable[[], str]) -> None:

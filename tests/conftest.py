@@ -129,3 +129,24 @@ def one_torch_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_backward_pass_is_left():
+    """In the middle of one, autograd keeps it and its error on the thread until the process ends, and crashes there."""
+    yield
+    assert torch._C._current_graph_task_id() == -1
+
+
+@pytest.fixture
+def watched():
+    """A wrapped model, and the list of what its forward has come by."""
+    from small_models import Stack
+
+    from nnsight_eager import NNsight
+
+    module, events = Stack(), []
+    for name, each in module.named_modules():
+        each.register_forward_pre_hook(lambda *a, name=name: events.append(f"into {name}"))
+        each.register_forward_hook(lambda *a, name=name: events.append(f"out of {name}"))
+    return NNsight(module), events

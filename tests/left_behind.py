@@ -35,6 +35,7 @@ def everything(model):
             name,
             [*each.__dict__],
             each.__dict__.get("forward"),
+            each.__dict__.get("_compiled_call_impl"),
             [[*value] for key, value in each.__dict__.items() if "_hooks" in key],
         )
         for name, each in model._module.named_modules()

@@ -265,3 +265,15 @@ def test_a_pattern_is_reached_from_where_its_attention_is_about_to_be_called(lla
     scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) / query.shape[-1] ** 0.5
     causal = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     assert torch.allclose(pattern, scores.masked_fill(~causal, float("-inf")).softmax(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("further", [False, True])
+def test_an_attribute_error_of_the_forward_reaches_who_reads_a_pattern(llama, further):
+    def fail(*_):
+        raise AttributeError("in the forward")
+
+    attention = llama.model.layers[1].self_attn
+    handle = llama._module.model.layers[0].mlp.register_forward_hook(fail)
+    with pytest.raises(AttributeError, match="in the forward"), llama.trace(torch.tensor([[1, 2, 3]])):
+        _ = (attention.next() if further else attention).pattern
+    handle.remove()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-SHARED = ("plots", "question", "report", "subjects", "summary", "timing")
+SHARED = ("models", "plots", "question", "report", "summary", "timing")
 SCRIPTS = ("batches", "cache", "extraction", "generation", "overhead", "patching", "startup", "stepping")
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -1,5 +1,6 @@
 """Models that torch compiles, scripts or fuses: what is asked for is seen, or refused; never silently unseen."""
 
+import functools
 import warnings
 
 import pytest
@@ -112,6 +113,17 @@ def test_inside_a_scripted_module_nothing_is_reached_and_that_is_said(x):
             assert torch.equal(model.block.output, want)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_two_runs_that_overlap_read_a_traced_module(x):
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.jit.trace(torch.nn.Linear(8, 8), x))
+    model = NNsight(module)
+    for _ in range(2):
+        with model.trace(x) as outer:
+            with model.trace(x * 2) as inner:
+                assert torch.equal(inner.model[1].output, module(x * 2))
+            assert torch.equal(outer.model[1].output, module(x))
+
+
 class Attends(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -174,3 +186,99 @@ def test_a_point_inside_the_fast_path_of_an_encoder_layer_is_what_a_hook_sees(x,
             kept = cache[path].hidden
             assert torch.allclose(kept, hooked, atol=1e-6)
         assert everything(model) == before
+
+
+def test_a_point_inside_the_fast_path_is_seen_by_each_of_two_runs_whichever_ends_first(x):
+    module = encoder()
+    model, layer = NNsight(module), module.layers[1]
+    with torch.no_grad():
+        before = everything(model)
+        for ends_first in (0, 1):
+            runs = [model.trace(x), model.trace(x * 2)]
+            for run in runs:
+                run.__enter__()
+                run.model.layers[1].input  # both listen at the layer
+            runs[ends_first].__exit__(None, None, None)
+            runs[1 - ends_first].model.layers[1].linear1.output *= 0
+            unread = runs[1 - ends_first].model.layers[1].norm2.input
+            runs[1 - ends_first].__exit__(None, None, None)
+            hidden = module.layers[0](x * 2 if ends_first == 0 else x)
+            hidden = layer.norm1(hidden + layer._sa_block(hidden, None, None))
+            assert torch.allclose(unread, hidden + layer.linear2(torch.zeros(2, 5, 16)), atol=1e-6)
+            assert everything(model) == before
+
+
+def test_operations_in_the_source_of_an_encoder_layer_are_met_beside_points_inside_it(x):
+    module = encoder()
+    model, layer = NNsight(module), module.layers[0]
+    with torch.no_grad():
+        with model.trace(x):
+            attended = model.layers[0].source.self__sa_block_1.output
+            inner = model.layers[0].linear1.output
+        want = layer._sa_block(x, None, None)
+        assert torch.allclose(attended, want, atol=1e-6)
+        assert torch.allclose(inner, layer.linear1(layer.norm1(x + want)), atol=1e-6)
+
+
+class CompiledInItsClass(Model):
+    @torch.compile(backend="eager")
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*is compiled:UserWarning")
+def test_a_forward_that_its_class_compiles_runs_eagerly_in_each_of_two_runs(x):
+    model = NNsight(torch.nn.Sequential(CompiledInItsClass(), torch.nn.Linear(8, 8)))
+    plain = Model()
+    with torch.no_grad():
+        frames = torch._dynamo.utils.counters["frames"]["total"]
+        for _ in range(2):
+            with model.trace(x) as outer:
+                assert torch.equal(model[0].first.output, plain.first(x))
+                with model.trace(x * 2) as inner:
+                    assert torch.equal(inner.model[0].output, plain(x * 2))
+                assert torch.equal(outer.model[0].output, plain(x))
+    assert torch._dynamo.utils.counters["frames"]["total"] == frames
+
+
+def tripled(forward):
+    @functools.wraps(forward)
+    def wrapper(*args):
+        return 3 * forward(*args)
+
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda forward: tripled(torch.compile(forward, backend="eager")),
+        lambda forward: torch._dynamo.disable(tripled(torch.compile(forward, backend="eager"))),
+        lambda forward: torch._dynamo.disable(tripled(forward)),
+    ],
+    ids=["around a compiled forward", "kept from the compiler around one", "kept from the compiler"],
+)
+def test_what_wraps_a_forward_runs_in_a_trace_and_is_not_taken_for_a_compiled_one(x, wrapped):
+    module, plain = Model(), Model()
+    module.block.forward = wrapped(module.block.forward)
+    model = NNsight(module)
+    with torch.no_grad():
+        for _ in range(2):
+            with model.trace(x):
+                assert torch.equal(model.block.output, 3 * plain(x))
+
+
+def test_a_compiled_function_that_calls_modules_does_not_compile_what_listens_in_them(x):
+    module, plain = Model(), Model()
+    forward = module.forward
+    compiled = torch.compile(lambda x: forward(x), backend="eager")
+    module.forward = lambda x: compiled(x)
+    model = NNsight(module)
+    with torch.no_grad():
+        for _ in range(2):
+            with model.trace(x) as tracer:  # the compiler warns of what it meets in the package, and cannot compile
+                inner = model.block[0].output
+                model.block[0].output = inner * 0 - 1
+            assert torch.equal(inner, plain.block[0](plain.first(x).sin()))
+            assert not tracer.result.any()
+        assert torch.equal(module(x), plain(x))

@@ -16,16 +16,6 @@ HOSTILE = "<script>alert('&')</script>"
 
 
 @pytest.fixture
-def watched():
-    """A wrapped model, and the list of what its forward has come by."""
-    module, events = Stack(), []
-    for name, each in module.named_modules():
-        each.register_forward_pre_hook(lambda *a, name=name: events.append(f"into {name}"))
-        each.register_forward_hook(lambda *a, name=name: events.append(f"out of {name}"))
-    return NNsight(module), events
-
-
-@pytest.fixture
 def held(watched):
     """A run held in the second of three blocks, after an edit and one that changed nothing."""
     model, events = watched

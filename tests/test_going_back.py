@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnsight_eager import NNsight
+from nnsight_eager import NNsight, RunError
 
 X = torch.ones(1, 4)
 
@@ -104,3 +104,14 @@ def test_a_fork_that_keeps_nothing_holds_nothing_of_what_it_computes(model):
         assert not nothing._recording.journal.all_kept()
         kept.close()
         nothing.close()
+
+
+def test_a_trace_that_was_not_told_to_keep_says_what_to_write_for_a_fork(model):
+    with model.trace(X) as tracer, pytest.raises(RunError) as caught:
+        model[0].output
+        tracer.fork()
+    assert str(caught.value) == (
+        "This trace keeps nothing that it could be forked by.\n"
+        "Write `model.trace(..., keep=True)`, or hold the run by hand: `model.trace(...).start()` forks as it is."
+    )
+    assert {str(entry.path) for entry in caught.traceback} == {__file__}

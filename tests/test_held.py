@@ -1,5 +1,6 @@
 """Runs that are held by hand: what is promised of them beside what the transcripts show."""
 
+import re
 import threading
 import warnings
 from pathlib import Path
@@ -209,4 +210,71 @@ def test_a_trace_that_keeps_can_be_held_by_hand(gpt2):
     run.to("transformer.h.2")
     run.back_to("transformer.h.1")
     assert [each.size for each in run.edits] == [1.0]
+    run.close()
+
+
+PARTS = [
+    "model.transformer.h[0].attn.pattern",
+    "model.transformer.h[0].attn.source.self_c_proj_0.output",
+    "model.transformer.h[0].source.self_mlp_0.input",
+]
+
+
+@pytest.mark.parametrize("read_before", [True, False])
+@pytest.mark.parametrize("part", PARTS)
+def test_going_back_to_a_part_of_a_forward_is_done_as_the_error_says(gpt2, part, read_before):
+    names = {"model": gpt2, "run": gpt2.trace("The Eiffel Tower").start()}
+    gpt2.transformer.wte.output.mul_(2)
+    with gpt2.trace("The Eiffel Tower") as tracer:
+        tracer.model.transformer.wte.output.mul_(2)
+        want = eval(part, {"model": tracer.model})
+    if read_before:
+        assert torch.equal(eval(part, names), want)
+    result = names["run"].to(gpt2.transformer.h[1]).fork().finish().logits
+    with pytest.raises(OutOfOrderError) as caught:
+        eval(part, names)
+    (advice,) = re.findall(r"`(run\.back_to\(.*?\))`", str(caught.value))
+    eval(advice, names)
+    assert repr(names["run"]).startswith(f"paused at {part} ")
+    assert torch.equal(eval(part, names), want)
+    assert torch.allclose(names["run"].finish().logits, result, atol=1e-4)  # a pattern is computed in other steps
+
+
+def test_a_run_is_led_to_an_operation_by_its_path(model):
+    run = model.trace(X4).start()
+    run.to("h.1.lin.source.F_linear_0", "input").to("h.2").back_to("h[1].lin.source.F_linear_0")
+    assert repr(run).startswith("paused at model.h[1].lin.source.F_linear_0.output ")
+    run.close()
+
+
+class Forked(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = torch.nn.Linear(4, 4)
+
+    def forward(self, x, turned=False):
+        if turned:
+            x = torch.flip(x, (0,))
+        return self.lin(x)
+
+
+def test_going_back_to_an_operation_that_does_not_run_is_refused_and_the_run_stays(model):
+    model = NNsight(Forked())
+    run = model.trace(X4).start()
+    run.to(model.lin)
+    with pytest.raises(NotReachedError, match="the forward that it is in went another way"):
+        run.back_to(model.source.torch_flip_0)
+    assert repr(run).startswith("paused at model.lin.output ")
+    assert torch.equal(run.finish(), model._module(X4))
+
+
+@pytest.mark.parametrize("part", [("attn", "pattern"), ("source.self_mlp_0",)])
+def test_in_a_generation_a_run_goes_on_to_a_part_in_each_step(gpt2, part):
+    run = gpt2.generate("The Eiffel Tower", max_new_tokens=3, min_new_tokens=3, do_sample=False).start()
+    name, *kind = part
+    steps = []
+    for _ in range(3):
+        run.to(f"transformer.h.1.{name}", *kind)
+        steps.append(int(repr(run).split("step ")[1].split()[0]))
+    assert steps == [0, 1, 2]
     run.close()

@@ -176,3 +176,25 @@ def test_ctrl_c_at_any_line_while_a_forward_runs_rewritten(x):
     model = NNsight(torch.nn.Sequential(Block()))
     one_trace()
     interrupt_everywhere(model, x, one_trace)
+
+
+@pytest.mark.filterwarnings("ignore:.*is compiled:UserWarning")
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this platform has no timers")
+def test_ctrl_c_at_any_line_leaves_a_compiled_module_compiled(x):
+    def one_trace():
+        with model.trace(x):
+            _ = model[0].first.output
+
+    model = NNsight(torch.nn.Sequential(Block()))
+    model._module[0].compile(backend="eager")
+    interrupt_everywhere(model, x, one_trace)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this platform has no timers")
+def test_ctrl_c_at_any_line_where_a_fused_layer_calls_its_children(x):
+    def one_trace():
+        with torch.no_grad(), model.trace(x):
+            _ = model[0].linear1.output
+
+    model = NNsight(torch.nn.Sequential(torch.nn.TransformerEncoderLayer(3, 1, 4, batch_first=True).eval()))
+    interrupt_everywhere(model, x, one_trace)

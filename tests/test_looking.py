@@ -5,23 +5,13 @@ import re
 
 import pytest
 import torch
-from small_models import BEGIN, X4, Stack, run_python
+from small_models import BEGIN, X4, run_python
 
 import nnsight_eager
-from nnsight_eager import NNsight, errors
+from nnsight_eager import errors
 from nnsight_eager.points import Points
 
 POINTS = ["output", "input", "inputs", "hidden"]
-
-
-@pytest.fixture
-def watched():
-    """A wrapped model, and the list of what its forward has come by."""
-    module, events = Stack(), []
-    for name, each in module.named_modules():
-        each.register_forward_pre_hook(lambda *a, name=name: events.append(f"into {name}"))
-        each.register_forward_hook(lambda *a, name=name: events.append(f"out of {name}"))
-    return NNsight(module), events
 
 
 def completions(shell, text):

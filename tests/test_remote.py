@@ -153,6 +153,7 @@ def by_hand(model):
     other.model.transformer.h[1].mlp.output *= 2
     run.over()
     run.back_to(model.transformer.h[0])
+    run.back_to(model.transformer.h[0].attn.source.self_c_proj_0)
     values = [model.transformer.h[0].output]
     run.until(has_nan)
     return [*values, run.result.logits, other.finish().logits]

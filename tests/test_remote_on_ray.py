@@ -74,6 +74,16 @@ def test_the_session_of_the_readme(block, address, tmp_path, monkeypatch, capsys
     names["model"].disconnect()
 
 
+def test_a_process_that_has_imported_ray_already_connects_too(address):
+    script = f"import ray, nnsight_eager; model = nnsight_eager.connect('gpt2', {address!r}); print(model.transformer.wte)"
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER)}
+    for name in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE"):
+        environment.pop(name, None)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    assert not done.returncode, done.stderr
+    assert "Embedding" in done.stdout
+
+
 def test_a_trace_an_edit_steps_a_function_and_a_cache(remote, local):
     assert edited(remote).equal(plain(local))
     run = remote.trace(PROMPT).start()

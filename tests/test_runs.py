@@ -11,7 +11,7 @@ import torch
 from small_models import X4, Stack, hooked
 
 from nnsight_eager import NNsight
-from nnsight_eager.errors import InputError, NnsightEagerError, RunEndedError, RunError
+from nnsight_eager.errors import InputError, InsideForwardError, NnsightEagerError, OutOfOrderError, RunEndedError, RunError
 
 
 @pytest.fixture
@@ -329,6 +329,55 @@ def test_whatever_the_forward_raises_reaches_the_reader_as_it_is(model, kind, po
     assert is_as_before(model)
 
 
+READS = {
+    "next": lambda model: model.h[2].next().output,
+    "next input": lambda model: model.h[2].next().input,
+    "skip": lambda model: model.h[2].skip(X4),
+    "next skip": lambda model: model.h[2].next().skip(X4),
+    "local": lambda model: model.h[2].local.output,
+    "local skip": lambda model: model.h[2].local.skip(X4),
+    "written": lambda model: setattr(model.h[2], "output", X4),
+    "visits": lambda model: [*model.h[2].visits()],
+}
+
+
+@pytest.mark.parametrize("name", ["output", "input", "inputs", "hidden", "pattern", "skip"])
+@pytest.mark.parametrize("local", [False, True])
+def test_an_error_of_a_point_shows_the_users_lines_alone_where_it_is_caught_in_the_block(model, name, local):
+    with model.trace(X4):
+        model.h[1].output
+        points = model.h[0].local if local else model.h[0]
+        for ask in (
+            (points.skip,) if name == "skip" else (lambda _: getattr(points, name), lambda new: setattr(points, name, new))
+        ):
+            with pytest.raises(NnsightEagerError) as caught:
+                ask(((X4,), {}))
+            assert {file for file, _ in frames_of(caught.value)} == {__file__}
+
+
+class Mistake(AttributeError):
+    """One that a weak reference can follow."""
+
+
+@pytest.mark.parametrize("how", READS)
+def test_an_attribute_error_of_the_forward_reaches_the_reader_and_is_not_kept(model, how):
+    def fail(*_):
+        raise Mistake("in the forward")
+
+    handle = model._module.h[1].register_forward_pre_hook(fail)
+    with pytest.raises(Mistake) as caught, model.trace(X4):
+        READS[how](model)
+    handle.remove()
+    assert str(caught.value) == "in the forward"
+    assert caught.value.__notes__
+    gone = weakref.ref(caught.value)
+    caught = None
+    gc.collect()
+    assert gone() is None
+    with model.trace(X4):
+        assert torch.equal(model.h[2].output, model.head.input)
+
+
 def test_after_a_failed_forward_the_run_says_what_ended_it(model):
     with model.trace(X4) as tracer, contextlib.ExitStack() as ended:
         model.h[1].output = torch.zeros(1, 5)
@@ -360,3 +409,23 @@ def test_a_session_is_plain_python_around_traces(model):
             model.h[1].output = hidden
             last = model.head.output
     assert torch.equal(last, model._module(X4))
+
+
+@pytest.mark.parametrize("further", [False, True])
+def test_a_point_that_the_forward_itself_asks_for_is_refused_there_and_reached_by_who_waits_for_it(model, further):
+    def ask(*_):
+        for read in (lambda: model.h[2].output, lambda: model.h[2].next().output, lambda: tracer.result):
+            with pytest.raises(InsideForwardError):
+                read()
+        refused.append(True)
+
+    refused = []
+    handle = model._module.h[1].register_forward_hook(ask)
+    with model.trace(X4) as tracer:
+        seen = model.h[2].next().output if further else model.h[2].output
+        with pytest.raises(OutOfOrderError):
+            model.h[0].output
+    handle.remove()
+    assert refused == [True]
+    ((want,),) = hooked(model._module, lambda: model._module(X4), "h.2")
+    assert torch.equal(seen, want)

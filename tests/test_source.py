@@ -515,6 +515,18 @@ def test_the_pattern_of_an_attention_is_read_beside_its_operations(gpt2):
 # Several runs
 
 
+def test_a_run_goes_on_from_the_input_of_an_operation_when_another_that_met_it_has_ended(model, block):
+    x = torch.ones(1, 3)
+    first, second = model.trace(x), model.trace(x * 2)
+    for run in (first, second):
+        run.__enter__()
+        run.model.blocks[0].source.torch_relu_0.input
+    first.__exit__(None, None, None)
+    seen = second.model.blocks[0].output
+    second.__exit__(None, None, None)
+    assert torch.equal(seen, block._module(x * 2))
+
+
 def test_two_threads_trace_one_block_with_its_source_and_without(model, block):
     net, wrong, together = model._module, [], threading.Barrier(3)
 

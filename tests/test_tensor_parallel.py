@@ -163,7 +163,8 @@ def test_the_script_of_the_readme_runs_under_torchrun(models, tmp_path):
     readme = (FOLDER / "README.md").read_text()
     block = next(each for each in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "tp_plan" in each)
     script = tmp_path / "script.py"
-    script.write_text(block.replace("meta-llama/Llama-3.1-8B", str(models / "llama")))
+    end = "torch.distributed.barrier()\ntorch.distributed.destroy_process_group()\n"  # as the text below asks
+    script.write_text(block.replace("meta-llama/Llama-3.1-8B", str(models / "llama")) + end)
     command = [
         sys.executable,
         "-m",
@@ -175,10 +176,6 @@ def test_the_script_of_the_readme_runs_under_torchrun(models, tmp_path):
         script,
     ]
     environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    for _ in range(6):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        if "terminate called without an active exception" not in done.stderr:  # torch (2.13) now and then, when Python ends
-            break
-        command[command.index("--master-port") + 1] = str(free_port())
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip().splitlines()) == 1, done.stdout  # one rank prints

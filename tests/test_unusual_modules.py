@@ -136,3 +136,29 @@ def test_a_point_that_runs_in_other_steps_says_so(x):
                 model[0].output
         happened = "`model[0].output` does not come any more: the model has finished after 3 steps."
         assert str(caught.value).splitlines()[0] == happened
+
+
+class Static(torch.nn.Module):
+    @staticmethod
+    def forward(x):
+        return x * 2
+
+
+class Doubling:
+    def __call__(self, x):
+        return x * 2
+
+
+class CallsAnObject(torch.nn.Module):
+    forward = Doubling()  # no function, so it is not bound
+
+
+@pytest.mark.parametrize("kind", [Static, CallsAnObject])
+def test_two_runs_read_a_module_whose_class_has_no_plain_forward(kind):
+    model, x = NNsight(torch.nn.Sequential(kind(), torch.nn.Tanh())), torch.ones(1, 3)
+    for _ in range(2):
+        with model.trace(x) as outer:
+            outer.model[0].input
+            with model.trace(x * 2) as inner:
+                assert torch.equal(inner.model[0].output, x * 4)
+            assert torch.equal(outer.model[0].output, x * 2)

@@ -3,6 +3,11 @@
 import torch.distributed as dist
 
 
+def is_distributed() -> bool:
+    """Whether this process is one of several that torch knows of."""
+    return dist.is_available() and dist.is_initialized()
+
+
 class OneOfRanks:
     """Something that every rank has, and of which rank 0 does what is to be done once."""
 
@@ -16,4 +21,4 @@ class OneOfRanks:
         if tracer.rank0:
             print(hidden.norm())
         """
-        return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        return not is_distributed() or dist.get_rank() == 0

@@ -16,6 +16,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
+import torch
+
 from ..cache import Cache
 from ..compat import add_save_to_builtins
 from ..current import held, hold
@@ -141,10 +143,12 @@ class HeldRun(Shown, Trace):
     def to(self, point: Any, kind: Kind = OUTPUT) -> "HeldRun":
         """On to a point: `run.to(model.transformer.h[5].mlp)`, `run.to("transformer.h.5.mlp", "input")`.
 
+        An attention's pattern is `run.to(attn, "pattern")`, an operation `run.to(attn.source.self_c_proj_0)`.
         Raises `OutOfOrderError` where the run has passed it, and stays where it is: `run.back_to` goes back.
         """
-        run, (envoy, kind) = self._going_on(), pointed_at(self._tree, point, kind)
-        run.ask(envoy._module, kind, envoy._path, self._which(envoy, kind))
+        run = self._going_on()
+        module, path, kind = pointed_at(run, self._tree, point, kind)
+        run.ask(module, kind, path, self._which(module, kind))
         return self._arrived()
 
     @at_the_users_line
@@ -254,10 +258,10 @@ class HeldRun(Shown, Trace):
         It is another forward pass on the same input, with the same random numbers and the changes that were made before that
         point; the old one is closed. What had completed is not computed again, where nobody can tell.
         """
-        envoy, kind = pointed_at(self._tree, point, kind)
-        place = self._recording.journal.last_at(envoy._module, kind)
+        module, path, kind = pointed_at(self._run, self._tree, point, kind)
+        place = self._recording.journal.last_at(module, kind)
         if place is None:
-            point = spelled(envoy._path, kind)
+            point = spelled(path, kind)
             raise NotReachedError(
                 f"The run has not come by `{point}`, so it cannot go back there.", "`run.to(...)` goes on to it.", asked=point
             )
@@ -341,13 +345,15 @@ class HeldRun(Shown, Trace):
         run.ask(visit.module, OUTPUT, run.path_of(visit.module), NEXT)
         return self._arrived()
 
-    def _which(self, envoy: Envoy, kind: Kind) -> Which:
+    def _which(self, module: torch.nn.Module, kind: Kind) -> Which:
         """Which visit `to` means: the first in this step; behind that, in a generation, the next."""
         journal, run = self._recording.journal, self._run
-        last = journal.last.get((id(envoy._module), INPUT))
+        last = journal.last.get((id(module), INPUT)) or journal.last.get((id(module), OUTPUT))
+        if run.at is not None and run.at.module is module and run.at.kind is OUTPUT:
+            last = run.at.place  # of a part nobody may have heard that it began
         if last is None or last.step != run.step:
             return FIRST if last is None or not self._has_steps else NEXT
-        going = any(each.visit.module is envoy._module and each.visit.kind is INPUT for each in journal.going)
+        going = any(each.visit.module is module and each.visit.kind is INPUT for each in journal.going)
         return NEXT if self._has_steps or (going and kind is OUTPUT) else FIRST
 
     @property

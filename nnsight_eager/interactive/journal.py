@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from ..inside import Part
 from ..nested import described, first_tensor, mapped, small_tensors, tensors
 from ..visits import INPUT, OUTPUT, Forward, Kind, Place, Visit
 from .frozen import BY_REFERENCE, Frozen, frozen
@@ -175,9 +176,12 @@ class Journal:
         return {key: each for key, each in self.changes.items() if kept.has(key)}
 
     def last_at(self, module: torch.nn.Module, kind: Kind) -> Place | None:
-        """The last time the model has come by the module, or is there now."""
+        """The last time the model has come by the module, or is there now; by a part that nobody heard, with its owner."""
         here = None if self.paused is None else self.paused.place
-        return here if here is not None and here.module is module and here.kind is kind else self.last.get((id(module), kind))
+        last = here if here is not None and here.module is module and here.kind is kind else self.last.get((id(module), kind))
+        if last is None and isinstance(module, Part) and (around := self.last_at(module.owner, INPUT)) is not None:
+            return Place(module, kind, around.step, 1)
+        return last
 
     def seen(self, at: Visit | None) -> tuple[dict[int, str], dict[int, str]]:
         """What has run in this step, what is running and where it is paused, and the last shape of each module, by identity."""

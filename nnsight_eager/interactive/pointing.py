@@ -1,23 +1,47 @@
 """Which point of the model is meant: `run.to(model.transformer.h[5].mlp)`, `run.to("transformer.h.5.mlp", "input")`.
 
-envoy, kind = pointed_at(tree, "transformer.h[5].mlp", "input")
+pointed_at(run, tree, "transformer.h[5].mlp", "input")
+pointed_at(run, tree, model.transformer.h[5].attn, "pattern")        # a part of the attention's forward
+pointed_at(run, tree, model.transformer.h[5].source.self_mlp_0)      # as is an operation
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import NotReachedError, PathError, RunError
-from ..paths import spelled
+from ..paths import PATTERN, spelled
+from ..run import Run
+from ..source import OperationPoint, part_of
 from ..tree import Envoy, Tree
 from ..visits import INPUT, OUTPUT, Kind
 
 
-def pointed_at(tree: Tree, point: Any, kind: str) -> tuple[Envoy, Kind]:
-    """The one module that `point` names, and the kind as it is compared: by identity."""
-    if kind not in (INPUT, OUTPUT):
-        raise RunError(f"A module has no {kind!r} to go to.", 'Write "input" or "output".')
+class Pointed(NamedTuple):
+    """A module, or a part of its forward, how that is written, and the kind as it is compared: by identity."""
+
+    module: torch.nn.Module
+    path: str
+    kind: Kind
+
+
+def pointed_at(run: Run, tree: Tree, point: Any, kind: str = OUTPUT) -> Pointed:
+    """The one module or part that `point` names."""
+    if kind not in (INPUT, OUTPUT, PATTERN):
+        raise RunError(f"A module has no {kind!r} to go to.", 'Write "input", "output" or "pattern".')
+    side: Kind = INPUT if kind == INPUT else OUTPUT
+    if isinstance(point, OperationPoint):
+        part = part_of(run, point._owner, point._owner_path, point._names)
+        return Pointed(part, point._path, side)
+    names: list[str] = []
+    if isinstance(point, str):
+        point, *names = _divided(tree.root, point)
     envoy = point if isinstance(point, Envoy) else _named(tree, point)
+    if names:
+        part = part_of(run, envoy._module, envoy._path, tuple(names))
+        return Pointed(part, part.path, side)
+    if kind == PATTERN:
+        return Pointed(*envoy._pattern(run), side)
     if type(envoy._module).forward is torch.nn.Module.forward:
         module = spelled(envoy._path)
         raise NotReachedError(
@@ -25,13 +49,18 @@ def pointed_at(tree: Tree, point: Any, kind: str) -> tuple[Envoy, Kind]:
             f"Name one that is in it: `{module}[0]`.",
             asked=spelled(envoy._path, kind),
         )
-    return envoy, INPUT if kind == INPUT else OUTPUT
+    return Pointed(envoy._module, envoy._path, side)
+
+
+def _divided(root: torch.nn.Module, path: str) -> list[str]:
+    """The path of a module and the names of an operation in it, if it names one: `h.0.source.self_mlp_0`."""
+    path = path.replace("[", ".").replace("]", "")
+    return [path] if path in dict(root.named_modules()) else path.split(".source.")
 
 
 def _named(tree: Tree, point: Any) -> Envoy:
     """The one module that a path, or the module itself, stands for."""
-    path = point.replace("[", ".").replace("]", "") if isinstance(point, str) else point
-    chosen = Envoy(tree.root, "", tree)._chosen(path)
+    chosen = {"": tree.root} if point == "" else Envoy(tree.root, "", tree)._chosen(point)
     if len(chosen) != 1:
         raise PathError(f"`{point}` names {len(chosen)} modules.", "Name one: `transformer.h.5.mlp`.")
     ((path, module),) = chosen.items()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..changes import Change
-from ..errors import RunError
+from ..errors import NotReachedError, RunError
 from ..inside import Part
 from ..nested import mapped, tensors
 from ..paths import spelled
@@ -113,8 +113,15 @@ class Recording:
             run.close()
             raise
         run.close()
+        point = spelled(run.path_of(place.module), place.kind)
+        if (id(place.module), place.kind) not in then.last:
+            raise NotReachedError(
+                f"The run has not come by `{point}`: the forward that it is in went another way.",
+                "Name an operation that this call runs.",
+                asked=point,
+            )
         raise RunError(
-            f"The forward pass did not come by `{spelled(run.path_of(place.module), place.kind)}` when it was run again.",
+            f"The forward pass did not come by `{point}` when it was run again.",
             "It does not run as before: something it depends on, beside its input and torch's random numbers, has changed.",
         )
 
@@ -192,7 +199,8 @@ def _can_be_passed_over(kept: Kept, place: Place, changed: set[int], then: Journ
     intact = kept.value.intact() and (kept.objects is None or kept.objects.intact())
     outwards = any(each.in_place and key != kept.left for key, each in then.changes_in(kept).items())
     same = not changed or changed.isdisjoint(map(id, kept.entered.module.modules()))
-    return intact and same and not outwards and not kept.has(place.key)
+    owner = place.module.owner if isinstance(place.module, Part) else place.module  # of a part it may not have been heard
+    return intact and same and not outwards and not kept.has(place.key) and not kept.has((id(owner), OUTPUT, place.step, 1))
 
 
 class State(NamedTuple):

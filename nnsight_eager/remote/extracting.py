@@ -12,8 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from ..activations import INDEX, Activations, Form, Index
-from ..errors import ExtractError
+from ..activations import INDEX, Activations, Index, Indexed
 from ..progress import progress
 from .jobs import Future
 
@@ -37,29 +36,16 @@ class RemoteText:
         return [*self._values]
 
 
-class RemoteActivations:
+class RemoteActivations(Indexed):
     """The activations in a folder on the server; a text is brought when it is read."""
 
     def __init__(self, submit: Submit, folder: str | PathLike[str]) -> None:
         self.folder = fspath(folder)
         self._submit = submit
-        self._index: Index = submit(_index, self.folder).result()
-
-    @property
-    def points(self) -> dict[str, Form]:
-        """What is stored for each token, by module path."""
-        return self._index.points
-
-    @property
-    def lengths(self) -> list[int]:
-        """The tokens of each text."""
-        return self._index.lengths
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+        self._index = submit(_index, self.folder).result()
 
     def __getitem__(self, text: int) -> RemoteText:
-        return RemoteText(*self._submit(_text, self.folder, text).result())
+        return RemoteText(*self._submit(_text, self.folder, self.number(text)).result())
 
     def __iter__(self) -> Iterator[RemoteText]:
         return (self[text] for text in range(len(self)))
@@ -104,7 +90,5 @@ def _index(_: Any, folder: str) -> Index:
 def _text(_: Any, folder: str, text: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """On the server: what it has of one text."""
     activations = Activations(folder)
-    if not -len(activations) <= text < len(activations):
-        raise ExtractError(f"There are {len(activations)} texts; there is no [{text}].")
     stored = activations[text]
     return stored.tokens, {path: stored[path] for path in activations.points}

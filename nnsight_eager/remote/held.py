@@ -19,6 +19,7 @@ from ..errors import RemoteError, RunError
 from ..outline import Row, Seen
 from ..paths import spelled
 from ..shown import Line, Part, Shown
+from ..source import OperationPoint
 from ..tracebacks import at_the_users_line
 from ..tree import Envoy
 from ..visits import OUTPUT, Kind
@@ -98,7 +99,7 @@ class RemoteHeld(Shown, RemoteTrace):
         return self._again("restart")
 
     @at_the_users_line
-    def fork(self, *_: Any) -> "RemoteHeld":
+    def fork(self, *_: Any) -> "RemoteHeld":  # type: ignore[override]
         """A second run paused at the same place, with the same changes; its tree is `other.model`."""
         return RemoteHeld(self, self._run.fork())
 
@@ -177,7 +178,7 @@ class RemoteHeld(Shown, RemoteTrace):
 
 def _path(point: Any) -> str:
     """How the server is told of a point."""
-    if isinstance(point, Envoy):
+    if isinstance(point, (Envoy, OperationPoint)):
         return point._path
     if not isinstance(point, str):
         raise RemoteError(f"`{point!r}` names no point.", "Give an envoy or a path.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from ..cache import Cache, Entry, Keep, Positions
+from ..cache import Cache, Entry, Keep
 from ..errors import RemoteError
 from ..invokes import Division
 from ..run import Call
@@ -82,24 +82,11 @@ class RemoteTrace(Trace):
     def _run_of(self, call: Call, make: Any = None) -> Any:
         return self._begin_run(call, retries=self.retries)
 
-    def cache(
-        self,
-        modules: Any = None,
-        device: Any = "cpu",
-        dtype: torch.dtype | None = None,
-        detach: bool = True,
-        include_output: bool = True,
-        include_inputs: bool = False,
-        positions: Positions = None,
-    ) -> Cache:
-        """Keep what modules return, from here on, on the server: sliced and converted there, brought when it is looked at.
-
-        `cache.save_there("activations.safetensors")` writes it on the server's side.
-        """
+    def _keeping(self, chosen: dict[str, torch.nn.Module], keep: Keep, named: bool) -> Cache:
+        """A cache that is filled on the server: values are sliced and converted there, and brought when they are looked at."""
         run: Any = self._opened()
-        keep = Keep("cpu", dtype, True, include_output, include_inputs, positions)
-        chosen = Envoy(self._tree.root, "", self._tree)._chosen(modules)
-        return RemoteCache(run, run.cache(chosen, keep, modules is not None), self._tree.memory.aliases.own)
+        number = run.cache(chosen, keep._replace(device="cpu", detach=True), named)
+        return RemoteCache(run, number, self._tree.memory.aliases.own)
 
     def backward(self, *_: Any, **__: Any) -> NoReturn:
         """Gradients do not travel."""
