@@ -207,7 +207,7 @@ def _as_on_this_machine() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "ray" in sys.modules and not ray_module().is_initialized():
         from ray._private import ray_constants
-        from ray._raylet import Config
 
+        raylet: Any = sys.modules["ray._raylet"]
         ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", False)
-        Config.initialize("")
+        raylet.Config.initialize("")
