@@ -42,7 +42,6 @@ def main(folder: str, rounds: int) -> None:
     torch.set_num_threads(1)
     model = LanguageModel(folder, tp_plan="auto", dispatch=True)
     ranks = torch.distributed.get_world_size()
-    first = model.model.layers[0]
 
     def bare(ids: torch.Tensor) -> None:
         model._module(ids)
@@ -90,27 +89,30 @@ def main(folder: str, rounds: int) -> None:
                     if number >= 3:
                         times[way.__name__].append(time.perf_counter() - start)
             if torch.distributed.get_rank() == 0:
-                report(tokens, {name: 1e6 * statistics.median(each) for name, each in times.items()}, first, ranks)
+                report(tokens, {name: 1e6 * statistics.median(each) for name, each in times.items()})
     torch.distributed.destroy_process_group()
 
 
-def report(tokens: int, taken: dict[str, float], layer: object, ranks: int) -> None:
-    """A table of one input's times."""
-    size = tokens * 4 * WIDTH * 4 // 1024
-    base = taken["empty"]
-    print(f"\n{ranks} ranks, {tokens} tokens; the value put together is {size} KB")
-    print(f"  the divided model, bare            {taken['bare']:9.0f} us")
-    print(f"  an empty trace, added              {base - taken['bare']:9.0f} us")
-    for name in ("whole_already", "local", "put_together", "replaced"):
-        print(f"  each point {name:24}{(taken[name] - base) / LAYERS:9.0f} us")
-    print(f"  one bare all_gather of that size   {taken['gathers'] / LAYERS:9.0f} us")
+COLUMNS = (
+    "tokens", "put together", "the divided model, bare", "an empty trace adds", "a point that is whole",
+    "this rank's part, `.local`", "a shard, put together", "and replaced", "one bare `all_gather`",
+)  # fmt: skip
+
+
+def report(tokens: int, taken: dict[str, float]) -> None:
+    """A row of the table: one input's times."""
+    empty = taken["empty"]
+    each = [(taken[name] - empty) / LAYERS for name in ("whole_already", "local", "put_together", "replaced")]
+    times = [taken["bare"], empty - taken["bare"], *each, taken["gathers"] / LAYERS]
+    print(f"| {tokens} | {tokens * 4 * WIDTH * 4 // 1024} kB | {' | '.join(f'{time:,.0f} µs' for time in times)} |", flush=True)
 
 
 def launch(ranks: int, rounds: int) -> None:
     """Run this file as so many ranks."""
     with tempfile.TemporaryDirectory() as folder:
         saved(folder)
-        print(f"torch {torch.__version__}, transformers {transformers.__version__}, gloo, 1 thread a rank")
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}, {ranks} ranks, gloo, 1 thread a rank\n")
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---:|' * len(COLUMNS)}", flush=True)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
         subprocess.run([*command, __file__, "--folder", folder, "--rounds", str(rounds)], env=environment, check=True)

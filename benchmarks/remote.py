@@ -1,11 +1,11 @@
-"""What a model on a server costs: a read by the size of its tensor, runs a second by the number of clients, memory by run.
+"""What a model on a server costs: a read by the size of its tensor, runs a second by clients, functions, memory by run.
 
     python benchmarks/remote.py
 
 A cluster of this machine is started, on the loopback. Reads are timed beside bare Ray calls: of an actor that returns the same
 tensor, as anybody would write it, and of one that returns its bytes as an array, which is the least Ray can do. The read is of
 a layer's input where the model is paused at the output of the layer before: nothing is computed in between. Runs are of a
-small model, two reads each, from processes of their own.
+small model, two reads each, from processes of their own. Functions are of the model that is read, with 33 tokens each.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from nnsight_eager.remote.cluster import CALLS_AT_ONCE, ray_module
 WIDTH = 1024
 TOKENS = (1, 16, 256, 4096)
 CLIENTS = (1, 2, 4, 8)
+TOGETHER = (1, 8, 32)
 SECONDS = 4.0
 
 
@@ -174,6 +175,39 @@ def runs(address: str) -> None:
     ray.kill(bare)
 
 
+def block(model: Any) -> torch.Tensor:
+    """A submitted function that is the block of a trace."""
+    model.model.layers[1].output *= 2
+    return model.lm_head.output[:, -1]  # type: ignore[no-any-return]
+
+
+def opening(model: Any, ids: list[list[int]]) -> torch.Tensor:
+    """The same with a trace of its own."""
+    with torch.no_grad(), model.trace(ids):
+        return block(model)
+
+
+def came_of(futures: Iterable[Any]) -> list[Any]:
+    """What all of them give, submitted before the first is waited for."""
+    return [future.result() for future in [*futures]]
+
+
+def functions(address: str) -> None:
+    """The table of submitted functions, which share passes or do not."""
+    model = nnsight_eager.connect("wide", address)
+    print("| submitted together | with a trace each, a second | as the block of a trace, a second |")
+    print("|---:|---:|---:|")
+    for count in TOGETHER:
+        inputs = [[[number, *range(TOGETHER[-1])]] for number in range(count)]
+        times: dict[str, list[float]] = {"opening": [], "block": []}
+        for _ in range(10):
+            times["opening"].append(timed(lambda inputs=inputs: came_of(model.submit(opening, ids) for ids in inputs)))
+            times["block"].append(timed(lambda inputs=inputs: came_of(model.trace(ids).submit(block) for ids in inputs)))
+        rates = [count / statistics.median(each) for each in times.values()]
+        print(f"| {count} | {rates[0]:,.0f} | {rates[1]:,.0f} |")
+    model.disconnect()
+
+
 def memory(address: str) -> None:
     """The table of what a paused run holds, beside the formula of the README."""
     model = nnsight_eager.connect("wide", address)
@@ -210,6 +244,8 @@ def main() -> None:
             reads(address, options.rounds)
             print()
             runs(address)
+            print()
+            functions(address)
             print()
             memory(address)
             ray_module().shutdown()

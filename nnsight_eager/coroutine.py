@@ -313,6 +313,8 @@ class ThreadState:
             if stack.coroutine is not None:
                 stack.coroutine.close()
         for stack in self.idle:
+            # A stack that ends goes on with its parent, which may be another idle one: that of who has resumed it last.
+            stack.greenlet.parent = getcurrent()
             stack.greenlet.throw()
 
 

@@ -72,6 +72,7 @@ class Extraction:
         self._lengths = [len(row) for row in rows]
         self._options = options
         self._batches = batched(self._lengths, options.batch_tokens)
+        self._surveyed: dict[str, Form] | None = None
         self._request = self._requested()
 
     def write(self, folder: Path, share: Share | None = None) -> None:
@@ -102,6 +103,17 @@ class Extraction:
         with shard_at(shard_path(folder, number), _stored(points), tokens) as shard:
             self._fill(shard, batches, points, advance)
 
+    def compute(self, number: int, points: Mapping[str, Form]) -> None:
+        """Run the forward passes of one shard, which another process writes that runs them too."""
+        for batch in self._shards(points)[number]:
+            self._values(batch, points)
+
+    def survey(self) -> dict[str, Form]:
+        """What there is to store, found out once."""
+        if self._surveyed is None:
+            self._surveyed = self._survey()
+        return self._surveyed
+
     def check_weights(self) -> None:
         """Raise where the model's weights are not those that the request was made with."""
         if _weights(self.model) != self._request["weights"]:
@@ -125,7 +137,7 @@ class Extraction:
         """Find out what the folder will hold, and write that down."""
         if any(folder.glob("shard-*.safetensors")):
             raise ExtractError(f"`{folder}` has shards and no `{INDEX}`.", "Give a new folder, or empty this one.")
-        points = self._survey()
+        points = self.survey()
         shards = [[row for batch in shard for row in batch] for shard in self._shards(points)]
         index = Index(type(self.model._module).__name__, self._request, points, self._lengths, shards)
         _write(folder / INDEX, index.written().encode())
@@ -258,6 +270,8 @@ def _sampled(named: tuple[str, Any]) -> list[Any]:
     if not isinstance(weight, torch.Tensor):
         return [name, str(type(weight))]
     values: list[float] = []
+    if hasattr(weight, "full_tensor"):  # of a weight that is divided among ranks, all of which ask, that of the whole
+        weight = weight.full_tensor()
     if weight.device.type != "meta" and weight.is_contiguous():
         values = weight.detach().view(-1)[:: max(1, weight.numel() // 8)][:8].float().tolist()
     return [name, str(weight.dtype), list(weight.shape), [str(value) for value in values]]

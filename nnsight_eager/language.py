@@ -223,6 +223,7 @@ class LanguageModel(NNsight):
 
         With `workers` so many Ray workers make the shards, on this machine or on the cluster that this process is in, where all
         have to see the folder; they load the model themselves where it was loaded by name. The folder is the same to the bit.
+        A model that is divided among ranks is run by all of them, and rank 0 writes the folder, which all read.
 
         Called again as it was after it was killed, it goes on, and the folder becomes the same to the bit; a folder that is
         finished is read. That the weights are the same is told by a few values of each. Texts longer than the model has
@@ -231,16 +232,17 @@ class LanguageModel(NNsight):
         """
         rows = token_rows(texts, self.tokenizer, column, max_length)
         self.dispatch()
-        if self._tree.memory.look_between(self._module, "extract") is not None:
-            raise ExtractError(
-                "Activations of a model that is divided among ranks cannot be extracted: each rank would write the folder.",
-                "Keep them with `tracer.cache(...)`, and save that `if tracer.rank0:`.",
-            )
+        between = self._tree.memory.look_between(self._module, "extract")
+        if between is not None and workers is not None:
+            raise ExtractError("Each of `workers` loads a whole model, and this one is divided.", "Leave `workers` away.")
         refuse_longer(rows, getattr(getattr(self._module, "config", None), "max_position_embeddings", None))
         modules = self._chosen(() if points is None else points)
         options = Options(batch_tokens, dtype, shard_bytes)
         extraction = Extraction(self, self._without_cache, modules, rows, options)
-        extraction.write(Path(out), None if workers is None else self._shared(extraction, workers))
+        if between is not None:
+            between.write(extraction, Path(out))
+        else:
+            extraction.write(Path(out), None if workers is None else self._shared(extraction, workers))
         return Activations(out)
 
     def _shared(self, extraction: Extraction, workers: int) -> Share:

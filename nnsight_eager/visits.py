@@ -114,11 +114,18 @@ class Applied:
 class Between(Protocol):
     """What stands between the model and whoever asks, where they do not see the same values: see `distributed`."""
 
+    @property
+    def broken(self) -> bool:
+        """Whether the processes that run the model cannot go on together."""
+
     def ear(self, kind: type["Visit"]) -> type["Visit"]:
         """The ears to be used in the place of this kind."""
 
     def forward(self, make: Callable[..., Forward]) -> Callable[..., Forward]:
         """What makes the forwards, in the place of `make`."""
+
+    def write(self, extraction: Any, folder: Any) -> None:
+        """Make what is missing of an extraction in a folder."""
 
 
 class Visit(Tap):

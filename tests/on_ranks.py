@@ -402,6 +402,18 @@ def edits_stay(*models):
 
 
 @check
+def the_mask_of_a_prompt_is_read_where_it_is_met():
+    models = pair("llama")
+
+    def program(model):
+        with model.trace(IDS.tolist()):
+            return [kept(model.inputs), kept(model.model.inputs), kept(model.model.layers[1].input)]
+
+    for one, other in zip(*both(models, program), strict=True):
+        same(one, other)
+
+
+@check
 def a_run_is_held_by_hand():
     def program(model):
         with torch.no_grad():
@@ -448,13 +460,38 @@ def one_rank_is_the_first():
 
 
 @check
-def what_would_show_or_write_this_ranks_part_is_refused():
+def what_would_show_this_ranks_part_is_refused():
     divided, _ = pair("llama")
-    scan = refused(lambda: divided.scan(IDS), nnsight_eager.InputError)
-    extraction = refused(
-        lambda: divided.extract([[1, 2]], ["model.layers.*"], FOLDER / "activations"), nnsight_eager.ExtractError
-    )
-    assert all("divided among ranks" in str(error) for error in (scan, extraction))
+    assert "divided among ranks" in str(refused(lambda: divided.scan(IDS), nnsight_eager.InputError))
+
+
+@check
+def all_ranks_extract_and_rank_0_writes():
+    divided, solo = pair("llama")
+    ranks, here = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    texts = [[*range(number % 4 + 1), number] for number in range(12)]
+    points = ["model.layers.*", "model.layers.0.mlp.act_fn"]
+    options = {"batch_tokens": 8, "shard_bytes": 12_000}
+
+    def extracted():
+        return divided.extract(texts, points, FOLDER / f"divided-{ranks}", **options)
+
+    def compare(here, there):
+        assert here.points == there.points
+        for one, other in zip(here, there, strict=True):
+            assert one.tokens.equal(other.tokens)
+            same([one[path] for path in here.points], [other[path] for path in here.points])
+
+    alone = solo.extract(texts, points, FOLDER / f"alone-{ranks}-{here}", **options)
+    compare(extracted(), alone)
+    shards = sorted((FOLDER / f"divided-{ranks}").glob("shard-*.safetensors"))
+    assert len(shards) > 1
+    torch.distributed.barrier()
+    if here == 0:  # as an extraction leaves it that was killed
+        shards[1].unlink()
+    compare(extracted(), alone)
+    error = refused(lambda: divided.extract(texts[:3], points, FOLDER / f"divided-{ranks}"), nnsight_eager.ExtractError)
+    assert ("Rank 0 cannot" if here else "another request") in str(error)
 
 
 def refused(function, kind=nnsight_eager.RanksError):
@@ -636,7 +673,7 @@ def inside_what_is_divided_nothing_wrong_is_read():
                 operation_in(solo, path, above).input
             names = [*(operation_in(solo, path, above).source if above else at(solo, path).source)]
         for name in names:
-            if "empty" in name:  # memory as it happened to be
+            if "empty" in name or name == "inv_perm_0":  # memory as it happened to be
                 continue
 
             def program(model, path=path, above=above, name=name):

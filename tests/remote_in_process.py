@@ -1,6 +1,7 @@
 """A server in this process, to which everything travels as it does to another: a client and a server without a cluster."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 from nnsight_eager.remote.line import Line
 from nnsight_eager.remote.model import RemoteModel
@@ -24,6 +25,7 @@ class LineHere(Line):
         self.server = server
         self._opened = server.open(owner)
         self.sent = []
+        self.threads = ThreadPoolExecutor()
 
     def go(self, message):
         self.sent.append(message.verb)
@@ -37,13 +39,10 @@ class LineHere(Line):
         return travelled(getattr(self.server, method)(*travelled(args)))
 
     def submit(self, job, sent):
-        return self.server.run_function(self._opened.session, job, travelled(sent))
+        return self.threads.submit(self.server.run_function, self._opened.session, job, travelled(sent))
 
     def await_function(self, reference, timeout):
-        return travelled(reference)
-
-    def is_done(self, reference):
-        return True
+        return travelled(reference.result(timeout))
 
     def close_run(self, run):
         self.sent.append("close")
@@ -51,6 +50,7 @@ class LineHere(Line):
 
     def close(self):
         self.server.leave(self._opened.session)
+        self.threads.shutdown()
 
 
 def served(folder, **limits):

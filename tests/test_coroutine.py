@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import threading
 import traceback
 import weakref
 from pathlib import Path
@@ -214,3 +215,24 @@ def test_what_a_finally_block_raises_while_closing_is_raised_by_close():
     with pytest.raises(KeyError):
         coroutine.close()
     assert coroutine.finished
+
+
+def test_a_thread_ends_quietly_on_which_one_coroutine_has_resumed_another():
+    def nested():
+        inner = Coroutine(lambda: inner.pause("inner"))
+        inner.resume()
+        outer.pause("outer")
+        inner.resume()
+
+    def work():
+        nonlocal outer
+        outer = Coroutine(nested)
+        outer.resume()
+        outer.resume()
+
+    outer = None
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    assert outer.finished
+    gc.collect()  # what is raised where the thread's stacks end is an unraisable warning, and so an error

@@ -337,6 +337,142 @@ def test_a_function_has_the_edits_made_here(local, remote):
     assert remote.edit(ablate).submit(norm).result().equal(expected)
 
 
+# Functions that share a forward pass
+
+
+def last(model, layer, factor=1.0):
+    model.transformer.h[0].mlp.output *= factor
+    hidden = model.transformer.h[layer].output
+    model.transformer.h[layer].output = hidden * 2
+    return hidden[:, -1].clone(), model.lm_head.output, model.output.logits[0, -1].argmax()
+
+
+def wait_until(true):
+    until = time.monotonic() + 60
+    while not true() and time.monotonic() < until:
+        time.sleep(0.005)
+    assert true()
+
+
+def traced(model, ids, *args):
+    with torch.no_grad(), model.trace(ids):
+        return last(model, *args)
+
+
+def wait_for(model, path):
+    path.with_name("begun").touch()
+    wait_until(path.exists)
+    return model.lm_head.output.shape[0]
+
+
+@pytest.fixture
+def passes(server):
+    """How many rows each forward pass of the server has had, in order."""
+    seen = []
+    before = server._model._module.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    yield seen
+    before.remove()
+
+
+@contextlib.contextmanager
+def all_waiting(server, first, count, path):
+    """What is submitted in this block waits together, behind a function that waits for a file."""
+    gate = first.trace([[0]]).submit(wait_for, path)
+    wait_until(path.with_name("begun").exists)
+    yield
+    wait_until(lambda: len(server._functions._passes._waiting) == count)
+    path.touch()
+    assert gate.result(60) == 1
+
+
+def test_functions_of_several_clients_share_a_pass_and_each_gets_what_it_gets_alone(server, local, passes, tmp_path):
+    from remote_in_process import client
+
+    clients = [client(server, f"client {number}") for number in range(3)]
+    ids = [[[1, 2, 3, 4]], [[9, 8, 7, 6]], [[5, 5, 5, 5], [3, 1, 2, 4]], [[1, 2, 3]], [[3, 3, 1, 1]]]
+    with all_waiting(server, clients[0], len(ids), tmp_path / "go"):
+        futures = [clients[n % 3].trace(each).submit(last, n % 3, factor=n / 2) for n, each in enumerate(ids)]
+    for number, (each, future) in enumerate(zip(ids, futures, strict=True)):
+        expected = traced(local, each, number % 3, number / 2)
+        for one, other in zip(future.result(60), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert sorted(passes) == [1, 1, 5]  # the one of another length is padded with nothing: it runs alone
+    for each in clients:
+        each.disconnect()
+
+
+def fail(model, how):
+    hidden = model.transformer.h[1].output
+    if how == "raises":
+        raise ZeroDivisionError(how)
+    if how == "breaks the forward pass":
+        model.transformer.h[1].output = hidden[:, :2].repeat(1, 1, 3)
+    if how == "changes what is shared":
+        model.transformer.h[2].inputs[1]["position_ids"].zero_()
+    return model.lm_head.output
+
+
+@pytest.mark.parametrize("how", ["raises", "breaks the forward pass", "changes what is shared"])
+def test_what_a_function_in_a_shared_pass_does_wrong_is_its_own_client_s(how, server, remote, local, passes, tmp_path):
+    with all_waiting(server, remote, 3, tmp_path / "go"):
+        good = [remote.trace([[number, 2, 3]]).submit(last, 1) for number in (1, 4)]
+        bad = remote.trace([[7, 7, 7]]).submit(fail, how)
+    for number, future in zip((1, 4), good, strict=True):
+        torch.testing.assert_close(future.result(60)[1], traced(local, [[number, 2, 3]], 1)[1], rtol=1e-5, atol=1e-5)
+    if how == "changes what is shared":  # alone, it shares it with nobody
+        with torch.no_grad(), local.trace([[7, 7, 7]]):
+            assert bad.result(60).equal(fail(local, how))
+    else:
+        with pytest.raises(ZeroDivisionError if how == "raises" else RuntimeError):
+            bad.result(60)
+    assert passes[1] == 3
+
+
+def test_a_pass_has_only_as_many_rows_as_it_may_and_a_client_with_edits_has_its_own(folder, tmp_path):
+    from remote_in_process import client, served
+
+    server = served(folder("gpt2"), rows=2)
+    remote = client(server)
+    rows = []
+    server._model._module.register_forward_pre_hook(
+        lambda _, args, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    with all_waiting(server, remote, 4, tmp_path / "go"), remote.ablate(remote.transformer.h[0].mlp):
+        edited = remote.trace([[1, 2]]).submit(last, 0)
+        remote.clear_edits()
+        plain = [remote.trace([[1, 2]]).submit(last, 0) for _ in range(3)]
+    assert not any(edited.result(60)[1].equal(each.result(60)[1]) for each in plain)
+    assert sorted(rows) == [1, 1, 1, 2]
+    remote.disconnect()
+
+
+def test_functions_in_a_shared_pass_open_traces_of_their_own_say_how_far_they_are_and_are_cancelled_one_by_one(
+    server, remote, tmp_path
+):
+    def count(model, number):
+        for layer in range(2):
+            model.transformer.h[layer].output
+            nnsight_eager.report(number + 1, 10, "things")
+            if number == 1 and layer == 0:
+                wait_until((tmp_path / "cancelled").exists)
+        with model.trace([[1, 2, 3]]):  # a trace of its own within
+            inner = model.transformer.h[1].output
+        return number, inner.shape, model.transformer.h[2].output.shape
+
+    with all_waiting(server, remote, 3, tmp_path / "go"):
+        one, two, three = (remote.trace([[1, 2]] * (number + 1)).submit(count, number) for number in range(3))
+    wait_until(lambda: two.progress.done)
+    assert (one.progress, two.progress) == ((1, 10, "things"), (2, 10, "things"))
+    two.cancel()
+    (tmp_path / "cancelled").touch()
+    assert one.result(60) == (0, torch.Size([1, 3, 32]), torch.Size([1, 2, 32]))
+    assert three.result(60) == (2, torch.Size([1, 3, 32]), torch.Size([3, 2, 32]))
+    with pytest.raises(RunEndedError, match="cancelled"):
+        two.result(60)
+
+
 def test_sampling_goes_by_the_seed_here(remote):
     def sampled(drawn):
         torch.manual_seed(3)
@@ -354,6 +490,7 @@ def test_sampling_goes_by_the_seed_here(remote):
     ("refused", "said"),
     [
         (lambda model: model.trace().__enter__().invoke(PROMPT), "Put the trace into a function and `model.submit` it"),
+        (lambda model: model.generate(PROMPT).submit(read), "Open generations, other methods and traces of invokes in"),
         (lambda model: model.edit(), "Write `model.edit(function)`."),
         (lambda model: model.trace(PROMPT, keep=True), "then `run.fork()`"),
         (lambda model: model.load_adapter("folder"), "Serve a folder that has it"),
@@ -489,6 +626,34 @@ def test_clients_take_turns_and_who_has_computed_least_is_next():
     assert turns.waits("modest")[0] >= 0.05
 
 
+def test_a_rank_takes_the_turns_that_it_is_told_of_in_their_order_and_none_of_a_call_that_has_ended():
+    from nnsight_eager.remote.ranks import Follower
+
+    ranks, order = Follower(), []
+
+    def work(call, times):
+        with ranks.following(call):
+            for number in range(times):
+                with ranks.turns.of(f"client {call}"):
+                    order.append((call, number))
+
+    def work_too_long():
+        with pytest.raises(RunEndedError, match="On rank 0 this call has ended"):
+            work(3, 2)
+
+    threads = [threading.Thread(target=work, args=(call, 2)) for call in (1, 2)] + [threading.Thread(target=work_too_long)]
+    for thread in threads:
+        thread.start()
+    for number, call in {2: 1, 3: 3, 1: 2, 5: 4, 6: 1, 4: 2}.items():  # they may arrive in any order
+        ranks.turns.turn_is_of(number, call)
+    ranks.turns.left(4)  # it has ended here already
+    ranks.turns.call_has_ended(3, 6)
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert order == [(2, 0), (1, 0), (3, 0), (2, 1), (1, 1)]
+
+
 def test_a_turn_within_a_turn_is_the_same_one():
     from nnsight_eager.remote.turns import Turns
 
@@ -548,8 +713,8 @@ for call in (
 def test_the_command_refuses_in_a_sentence(capsys):
     from nnsight_eager.__main__ import main
 
-    assert main(["serve", "gpt2", "--name", "gpt2", "--tp", "2"]) == 1
-    assert capsys.readouterr().err.startswith("nnsight_eager: `--tp 2`: a served model is on one actor so far.")
+    assert main(["serve", "gpt2", "--name", "gpt2", "--tp", "2", "--device-map", "auto"]) == 1
+    assert capsys.readouterr().err.startswith("nnsight_eager: `--tp 2` with `--device-map` cannot be served.")
 
 
 def test_report_tells_nobody_outside_a_submitted_function():

@@ -1,6 +1,5 @@
 """A model on a Ray cluster of this machine, on the loopback: the README's session, deaths, and many clients at once."""
 
-import contextlib
 import filecmp
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_ray import serving
 from small_models import FOLDER
 from test_readme import README
 
@@ -34,56 +34,11 @@ PATIENCE = 120
 SESSION = re.findall(r"^```py\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def below(process):
-    """The processes that a process has begun, directly or not."""
-    found = [process]
-    for parent in found:
-        for each in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                if int(each.read_text().rpartition(")")[2].split()[1]) == parent:
-                    found.append(int(each.parent.name))
-    return found[1:]
-
-
-def alive(process):
-    """Whether a process runs, and is not one that has ended and that nobody has asked about."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
 @pytest.fixture(scope="module")
 def address(folder, tmp_path_factory):
-    """The address of a cluster that serves `gpt2`, by the command of the README."""
-    command = [sys.executable, "-m", "nnsight_eager", "serve", str(folder("gpt2")), "--name", "gpt2", "--cluster-cpus", "4"]
-    limits = ["--store-mb", "100", "--silence-limit", str(SILENCE)]
-    where = tmp_path_factory.mktemp("server")
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen([*command, *limits], stdout=subprocess.PIPE, text=True, env=environment, cwd=where)
-    try:
-        line = server.stdout.readline()
-        found = re.search(r'`gpt2` is served: nnsight_eager.connect\("gpt2", address="(127\.0\.0\.1:\d+)"\)', line)
-        assert found, line
-        yield found[1]
-    finally:
-        if find_spec("ray") is not None:
-            from nnsight_eager.remote import cluster
-
-            cluster.leave()
-        processes = below(server.pid)
-        server.send_signal(signal.SIGTERM)
-        try:
-            server.wait(60)
-        finally:
-            until = time.monotonic() + 20
-            while any(map(alive, processes)) and time.monotonic() < until:
-                time.sleep(0.1)
-            left = [each for each in processes if alive(each)]
-            for each in [*left, server.pid]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(each, signal.SIGKILL)
-            server.stdout.close()
-    assert not left
+    """The address of a cluster that serves `gpt2`."""
+    with serving(folder("gpt2"), "gpt2", tmp_path_factory.mktemp("server"), "--silence-limit", str(SILENCE)) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -252,9 +207,23 @@ def test_many_clients_at_once_get_what_each_asked_for(address, local, capsys):
         print(", ".join(f"{each['median wait'] * 1e3:.2f} and {each['longest wait'] * 1e3:.1f} ms" for each in busy))
 
 
-def test_a_server_that_is_killed_is_an_error_that_names_the_run_or_the_run_is_repeated(remote, local):
+def wait_for(model, begun, go):
+    """A function that runs until a file is there; in which process it has."""
+    begun.touch()
+    while not go.exists():
+        time.sleep(0.01)
+    return os.getpid(), edited(model).detach()
+
+
+def test_a_server_that_is_killed_is_an_error_that_names_the_run_or_what_was_asked_is_repeated(remote, local, tmp_path):
     other = nnsight_eager.connect("gpt2")
+    begun, go = tmp_path / "begun", tmp_path / "go"
     try:
+        repeated, lost = (remote.submit(wait_for, begun, go, retries=retries) for retries in (1, 0))
+        until = time.monotonic() + PATIENCE
+        while not begun.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        first = remote.status()["pid"]
         with remote.trace(PROMPT, retries=1), pytest.raises(ServerLostError) as caught, other.trace(PROMPT):
             hidden = remote.transformer.h[1].output
             remote.transformer.h[1].output = hidden * 0.25
@@ -271,6 +240,12 @@ def test_a_server_that_is_killed_is_an_error_that_names_the_run_or_the_run_is_re
         assert "`model.trace(..., retries=1)`" in message
         assert caught.traceback[-1].path == Path(__file__)
         assert edited(other).equal(plain(local))  # it is known again, without being asked to connect
+        go.touch()
+        process, logits = repeated.result(PATIENCE)
+        assert process == remote.status()["pid"] != first
+        assert logits.equal(plain(local))
+        with pytest.raises(ServerLostError, match="the function that was submitted"):
+            lost.result(PATIENCE)
     finally:
         other.disconnect()
 

@@ -56,6 +56,9 @@ DIMENSIONS: Final = 8
 """As many as the shape of a tensor may have that is compared between ranks."""
 
 
+MASK: Final = "attention_mask"
+
+
 class Called(NamedTuple):
     """What the root was called with, and whether gradients were on: libraries then compute in another way."""
 
@@ -136,6 +139,9 @@ class Layouts:
             return Called(args, kwargs, called.grad)
         device = next(self._root.parameters()).device
         given = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in example.items()}
+        ids = given.get("input_ids")
+        if ids is not None and MASK in _given(called):  # else nothing would be known of it where it is met
+            given.setdefault(MASK, torch.ones_like(ids))
         return Called((), {**given, **_flags(called)}, called.grad)
 
     def _undivided(self, call: Called, part: Part | None, kind: Kind) -> dict[Point, dict[Place, Seen]] | None:
@@ -257,9 +263,14 @@ def _flags(called: Called) -> dict[str, Any]:
     return {key: each for key, each in called.kwargs.items() if isinstance(each, (bool, int, str))}
 
 
+def _given(called: Called) -> set[str]:
+    """The keywords that are data."""
+    return {key for key, each in called.kwargs.items() if isinstance(each, torch.Tensor)}
+
+
 def _way(called: Called) -> Hashable:
     """What tells apart calls that a model may compute in ways of their own."""
-    return called.grad, tuple(sorted(_flags(called).items()))
+    return called.grad, MASK in _given(called), tuple(sorted(_flags(called).items()))
 
 
 def _path_of(module: torch.nn.Module, root: torch.nn.Module) -> str:

@@ -39,6 +39,8 @@ class Ranks:
         self.numbers: list[int] = dist.get_process_group_ranks(group)
         self.here: int = self.numbers.index(dist.get_rank())
         self._limit = patience()
+        self.broken = False
+        """Whether a rank has not said in time what it asks for: then nothing can be heard of it any more."""
         # Of gloo whatever the model computes on: it gives up at its time limit and leaves the process alive.
         self._words = dist.new_group(
             self.numbers, timeout=timedelta(seconds=self._limit), backend="gloo", use_local_synchronization=True
@@ -59,6 +61,7 @@ class Ranks:
         try:
             dist.all_gather(heard, own, group=self._words)
         except RuntimeError as error:
+            self.broken = True
             raise RanksError(
                 f"Rank {self.numbers[self.here]} asks for {asked}, and another rank has not said within {self._limit:g} "
                 f"seconds what it asks for, or is gone ({str(error).strip().splitlines()[0][:120]}).",

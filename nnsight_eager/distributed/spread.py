@@ -56,6 +56,17 @@ class Spread:
         assert isinstance(make, type)
         return partial(_together, _together_forward(make), self)
 
+    @property
+    def broken(self) -> bool:
+        """Whether the ranks cannot go on together."""
+        return self.ranks.broken
+
+    def write(self, extraction: Any, folder: Any) -> None:
+        """Make what is missing of an extraction in a folder, which rank 0 writes."""
+        from .writing import write_together
+
+        write_together(extraction, folder, self.ranks)
+
 
 def spread_over(root: torch.nn.Module) -> Spread | None:
     """What is between, for a model whose weights are divided among ranks that compute on the same input."""

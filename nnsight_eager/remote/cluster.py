@@ -7,7 +7,10 @@ actor = found("llama")
 """
 
 import os
+import socket
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -89,6 +92,51 @@ def place(kind: type, name: str, arguments: tuple[Any, ...], cpus: float, gpus: 
     return remote.remote(*arguments)
 
 
+def refuse_without_room(cpus: float, gpus: float) -> None:
+    """Raise where the cluster does not have so much in all: actors would wait for it for ever."""
+    there = ray_module().cluster_resources()
+    if there.get("CPU", 0) < cpus or there.get("GPU", 0) < gpus:
+        raise RemoteError(
+            f"The cluster has {there.get('CPU', 0):g} processors and {there.get('GPU', 0):g} accelerators, and {cpus:g} and "
+            f"{gpus:g} are to be reserved.",
+            "`--cpus` and `--gpus` are reserved for each rank; `--cluster-cpus` is what a cluster is started with.",
+        )
+
+
+def companion(kind: type, arguments: tuple[Any, ...], cpus: float, gpus: float) -> Any:
+    """Make an actor that belongs to this one, and ends with it."""
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 4 * CALLS_AT_ONCE}
+    return ray_module().remote(kind).options(**options).remote(*arguments)
+
+
+def meeting_place() -> str:
+    """Where the ranks of a process group meet, of which this is the first: a file, where all of the cluster is here."""
+    address = ray_module().util.get_node_ip_address()
+    if address.startswith("127."):
+        return f"file://{tempfile.mkdtemp(prefix='nnsight_eager')}/ranks"
+    with socket.socket() as held:
+        held.bind((address, 0))
+        return f"tcp://{address}:{held.getsockname()[1]}"
+
+
+def done_by(calls: list[Any]) -> None:
+    """Wait for calls of companions; where one of these has died this process ends too, and Ray makes it anew."""
+    try:
+        ray_module().get(calls)
+    except ray_module().exceptions.RayActorError:
+        end_here()
+
+
+def end_here() -> None:
+    """End this process at once; Ray makes its actor anew."""
+    os._exit(1)
+
+
+def end_with(calls: list[Any]) -> None:
+    """End this process as soon as one of these calls is lost."""
+    threading.Thread(target=done_by, args=(calls,), name="nnsight_eager companions", daemon=True).start()
+
+
 def wait_for(actor: Any, name: str, ended: Any) -> None:
     """Wait until the actor has loaded its model, or until that is not wanted any more."""
     ray = ray_module()
@@ -159,7 +207,7 @@ def _as_on_this_machine() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "ray" in sys.modules and not ray_module().is_initialized():
         from ray._private import ray_constants
-        from ray._raylet import Config
 
+        raylet: Any = sys.modules["ray._raylet"]
         ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", False)
-        Config.initialize("")
+        raylet.Config.initialize("")

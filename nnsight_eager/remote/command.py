@@ -12,6 +12,7 @@ from ..errors import RemoteError
 from . import cluster
 from .serving import Server
 from .sessions import Limits
+from .together import FirstRank
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,11 +24,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("model", help="a model's name or folder")
     made.add_argument("--name", required=True, help="what clients call it")
     made.add_argument("--address", help="a running cluster; one of this machine alone is started where none is given")
-    made.add_argument("--cpus", type=float, default=1, help="processors to reserve for it (default: 1)")
-    made.add_argument("--gpus", type=float, default=0, help="accelerators to reserve for it (default: 0)")
+    made.add_argument("--cpus", type=float, default=1, help="processors to reserve for each rank (default: 1)")
+    made.add_argument("--gpus", type=float, default=0, help="accelerators to reserve for each rank (default: 0)")
     made.add_argument("--cluster-cpus", type=int, help="processors of a cluster that is started (default: all)")
     made.add_argument("--store-mb", type=int, help="shared memory of a cluster that is started (default: Ray's)")
-    made.add_argument("--tp", type=int, default=1, help="ranks the model is split over (only 1 so far)")
+    made.add_argument("--tp", type=int, default=1, help="ranks to divide the model among, an actor each (default: 1)")
     made.add_argument("--device-map", help='as for `LanguageModel`, such as "auto"')
     made.add_argument("--dtype", help='as torch spells it, such as "bfloat16"')
     made.add_argument("--attn-implementation", help="as for `LanguageModel`")
@@ -38,23 +39,27 @@ def parser() -> argparse.ArgumentParser:
         "--idle-limit", type=float, default=Limits().idle, help="seconds until an untouched run is closed (default: 1800)"
     )
     made.add_argument("--memory-limit-mb", type=float, help="what one client's runs and handles may hold (default: no limit)")
+    made.add_argument(
+        "--batch-rows", type=int, default=Limits().rows, help="rows of a forward pass that functions may share (default: 32)"
+    )
     return made
 
 
 def serve(arguments: list[str]) -> int:
     """Serve until the command is ended."""
     options = parser().parse_args(arguments)
-    if options.tp != 1:
+    if options.tp < 1 or (options.tp > 1 and options.device_map):
         raise RemoteError(
-            f"`--tp {options.tp}`: a served model is on one actor so far.", "`--device-map auto` spreads it over its devices."
+            f"`--tp {options.tp}`{' with `--device-map`' * bool(options.device_map)} cannot be served.",
+            "`--tp N` divides each layer among N ranks, `--device-map auto` spreads layers over the devices of one actor.",
         )
     ended = threading.Event()
     try:
         address = _cluster(options)
         for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own there
             signal.signal(number, lambda *_: ended.set())
-        given = options.model, options.name, _loading(options), _limits(options)
-        actor = cluster.place(Server, options.name, given, options.cpus, options.gpus)
+        cluster.refuse_without_room(options.tp * options.cpus, options.tp * options.gpus)
+        actor = _placed(options)
         cluster.wait_for(actor, options.name, ended)
         if not ended.is_set():
             print(f'`{options.name}` is served: nnsight_eager.connect("{options.name}", address="{address}")', flush=True)
@@ -63,6 +68,15 @@ def serve(arguments: list[str]) -> int:
     finally:
         cluster.leave()
     return 0
+
+
+def _placed(options: argparse.Namespace) -> Any:
+    """The actor that is served, alone or the first of several ranks."""
+    given = options.model, options.name, _loading(options), _limits(options)
+    each = options.cpus, options.gpus
+    if options.tp == 1:
+        return cluster.place(Server, options.name, given, *each)
+    return cluster.place(FirstRank, options.name, (*given, options.tp, *each), *each)
 
 
 def _cluster(options: argparse.Namespace) -> str:
@@ -81,4 +95,4 @@ def _loading(options: argparse.Namespace) -> dict[str, Any]:
 
 def _limits(options: argparse.Namespace) -> Limits:
     memory = None if options.memory_limit_mb is None else int(options.memory_limit_mb * 1e6)
-    return Limits(options.silence_limit, options.idle_limit, memory)
+    return Limits(options.silence_limit, options.idle_limit, memory, options.batch_rows)

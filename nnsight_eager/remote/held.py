@@ -34,7 +34,7 @@ class RemoteHeld(Shown, RemoteTrace):
     __slots__ = ("__weakref__",)
 
     def __init__(self, trace: RemoteTrace, run: RemoteRun) -> None:
-        super().__init__(trace._tree, trace._name, trace._call, None, trace._begin_run, trace._root_envoy)
+        super().__init__(trace._tree, trace._name, trace._call, None, trace._begin_run, trace._root_envoy, trace._submit)
         self._run: Any = run
 
     @classmethod

@@ -23,7 +23,7 @@ def held_bytes(run: Run, weights: frozenset[int]) -> int:
 def nbytes(values: Iterable[torch.Tensor], without: frozenset[int] = frozenset()) -> int:
     """The memory of tensors, each piece counted once, however many see it."""
     pieces: dict[int, int] = {}
-    for each in values:
+    for each in map(_here, values):
         if each.layout is torch.strided and each.device.type != "meta":
             storage = each.untyped_storage()
             pieces[storage.data_ptr()] = storage.nbytes()
@@ -33,7 +33,12 @@ def nbytes(values: Iterable[torch.Tensor], without: frozenset[int] = frozenset()
 def weights_of(model: torch.nn.Module) -> frozenset[int]:
     """The pieces of memory of a model's parameters and buffers."""
     named = (*model.parameters(), *model.buffers())
-    return frozenset(each.untyped_storage().data_ptr() for each in named if each.device.type != "meta")
+    return frozenset(_here(each).untyped_storage().data_ptr() for each in named if each.device.type != "meta")
+
+
+def _here(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor itself, or of a `DTensor`, which has no memory of its own, this rank's part."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _on_stack(frame: FrameType | None) -> Iterable[torch.Tensor]:

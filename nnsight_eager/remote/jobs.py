@@ -5,6 +5,7 @@ future.progress                                  # (3, 10, "prompts"), where the
 future.result(timeout=60)
 """
 
+import contextlib
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from ..errors import ServerLostError
 from .line import Line
 from .packing import Packed, unpacked
 
@@ -30,12 +32,14 @@ class Progress(NamedTuple):
 class Future:
     """What will come of a function that was submitted."""
 
-    def __init__(self, line: Line, sent: Packed, name: str) -> None:
-        """Have the function run; those of one client run one after another."""
+    def __init__(self, line: Line, sent: Packed, name: str, retries: int = 0) -> None:
+        """Have the function run; where the server dies, from its start once more, as often as `retries` says."""
         self._line = line
         self._sent = sent
         self._name = name
+        self._retries = retries
         self._last = Progress(0, 0, "")
+        self._outcome: tuple[str, Any] | None = None
         self._submit()
 
     def _submit(self) -> None:
@@ -44,29 +48,47 @@ class Future:
 
     def result(self, timeout: float | None = None) -> Any:
         """What the function returns, with what it raises raised here; `TimeoutError` where that takes longer, in seconds."""
-        how, value = self._line.await_function(self._reference, timeout)
-        if how == "unknown":  # the server was started anew before the function came there
-            self._line.forget_session()
-            self._submit()
-            return self.result(timeout)
-        value = self._line.came_of(how, value, self._name)
-        return unpacked(value)
+        how, value = self._awaited(timeout)
+        return unpacked(self._line.came_of(how, value, self._name))
 
     def done(self) -> bool:
         """Whether the function has ended."""
-        return self._line.is_done(self._reference)
+        with contextlib.suppress(TimeoutError):
+            self._awaited(0)
+        return self._outcome is not None
 
     @property
     def progress(self) -> Progress:
         """How far the function has come, as it says itself."""
         if not self.done():
-            found = Progress(*self._line.control("progress", self._line.session.session, self._job))
-            self._last = found if found.total else self._last
+            with contextlib.suppress(ServerLostError):  # which `result` will tell, or repeat
+                found = Progress(*self._line.ask("progress", self._job))
+                self._last = found if found.total else self._last
         return self._last
 
     def cancel(self) -> None:
         """Have the function end when it next lets the model go on or says how far it has come; `result` then raises."""
-        self._line.control("cancel", self._line.session.session, self._job)
+        self._line.ask("cancel", self._job)
+
+    def _awaited(self, timeout: float | None) -> tuple[str, Any]:
+        """What has come of it, and how; raises `TimeoutError`."""
+        while self._outcome is None:
+            try:
+                how, value = self._line.await_function(self._reference, timeout)
+            except ServerLostError as lost:
+                if not self._retries:
+                    how, value = "raised", lost
+                else:
+                    self._retries -= 1
+                    self._line.wait_until_back()
+                    self._submit()
+                    continue
+            if how == "unknown":  # the server was started anew before the function came there
+                self._line.forget_session()
+                self._submit()
+            else:
+                self._outcome = how, value
+        return self._outcome
 
     def __repr__(self) -> str:
         return f"<{self._name} on {self._line.name}: {'done' if self.done() else self.progress}>"

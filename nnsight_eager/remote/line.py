@@ -104,9 +104,21 @@ class Line:
         except self._died as error:
             raise self.lost(self._lost(error), f"what `{method}` was to do") from None
 
+    def ask(self, method: str, *args: Any) -> Any:
+        """The same of a method that wants to know who calls."""
+        return self.control(method, self._known(f"what `{method}` was to do"), *args)
+
     def submit(self, job: int, sent: Any) -> Any:
         """Have a function run next to the model; Ray's reference to what comes of it."""
-        return self._actor.run_function.options(concurrency_group="functions").remote(self.session.session, job, sent)
+        session = self._known("the function that was submitted")
+        return self._actor.run_function.options(concurrency_group="functions").remote(session, job, sent)
+
+    def _known(self, what: str) -> int:
+        """The number of this client on the server; `what` is lost where there is none."""
+        try:
+            return self.session.session
+        except self._died as error:
+            raise self.lost(self._lost(error), what) from None
 
     def await_function(self, reference: Any, timeout: float | None) -> tuple[str, Any]:
         """What came of a function, and how; raises `TimeoutError`."""
@@ -116,10 +128,6 @@ class Line:
             raise TimeoutError("The function has not ended yet.") from None
         except self._died as error:
             raise self.lost(self._lost(error), "the function that was submitted") from None
-
-    def is_done(self, reference: Any) -> bool:
-        """Whether a function has ended."""
-        return bool(self._ray.wait([reference], timeout=0)[0])
 
     def wait_until_back(self) -> None:
         """Wait until the actor, which has died, is there again and knows this client."""
@@ -138,7 +146,7 @@ class Line:
         """What the loss of the actor is told with."""
         return ServerLostError(
             f"The actor `{self.name}` has died, and with it {what}. Ray says: {gone.why}.",
-            "It is started anew: run this again; `model.trace(..., retries=1)` has it repeated with the edits made so far.",
+            "It is started anew: run this again; with `retries=1`, `model.trace(..., retries=1)`, it is repeated by itself.",
             name=self.name,
         )
 

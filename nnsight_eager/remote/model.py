@@ -113,7 +113,7 @@ class RemoteModel(LanguageModel):
         trace.retries = retries
         return trace
 
-    def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future:
+    def submit(self, function: Callable[..., Any], *args: Any, retries: int = 0, **kwargs: Any) -> Future:
         """Run `function(model, *args, **kwargs)` next to the model, where its trace is local; only what it returns travels.
 
             def last_norms(model, prompts):
@@ -128,19 +128,27 @@ class RemoteModel(LanguageModel):
             future.progress, future.result()
 
         The model in it is the same one, with the edits made here; gradients, invokes and hooks work as for any local model. The
-        function is sent by value, with what it refers to; packages that it imports have to be installed there.
+        function is sent by value, with what it refers to; packages that it imports have to be installed there. Where the server
+        dies it runs from its start once more, as often as `retries` says. A function that only reads and edits one forward pass
+        can share it with others: `model.trace(prompt).submit(function)`.
         """
-        with by_value(function):
-            sent = packed((function, args, kwargs, self._edits()), places=self._name_of)
-        return Future(self._tree.line, sent, getattr(function, "__name__", "function"))
+        return self._submit(function, args, kwargs, None, retries)
 
-    def extract(self, texts: Any, points: Any, out: Any, **options: Any) -> Any:
+    def _submit(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Any, retries: int
+    ) -> Future:
+        with by_value(function):
+            sent = packed((function, args, kwargs, self._edits(), inputs), places=self._name_of)
+        return Future(self._tree.line, sent, getattr(function, "__name__", "function"), retries)
+
+    def extract(self, texts: Any, points: Any, out: Any, *, retries: int = 0, **options: Any) -> Any:
         """`LanguageModel.extract` next to the model: the folder is one of the server's, and nothing travels but the texts.
 
         What is given back reads the folder: here, where it is on a file system that both sides see, else through the server.
+        Where the server dies it goes on from where it was, as often as `retries` says.
         """
         paths = [*self._chosen(() if points is None else points)]
-        return extracted(self.submit, texts, paths, out, options)
+        return extracted(partial(self.submit, retries=retries), texts, paths, out, options)
 
     def activations(self, folder: str) -> RemoteActivations:
         """The activations in a folder of the server's, brought a text at a time."""
@@ -187,7 +195,7 @@ class RemoteModel(LanguageModel):
         return [(edit.label, edit._program, edit.settings) for edit in self._tree.edits]
 
     def _new_trace(self, name: str, call: Call | None, division: Division | None) -> Trace:
-        return RemoteTrace(self._tree, name, call, division, self._begin, partial(_bound, self._tree.line))
+        return RemoteTrace(self._tree, name, call, division, self._begin, partial(_bound, self._tree.line), self._submit)
 
     def _begin(self, call: Call, by_hand: bool | None = None, retries: int = 0) -> RemoteRun:
         if call.name not in ("forward", "generate") and not callable(getattr(self._module, call.name, None)):

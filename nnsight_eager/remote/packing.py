@@ -26,6 +26,10 @@ OF_NUMPY: Final = frozenset(
 )
 
 
+NAMELESS: Final = frozenset((str, int, float, bool, bytes, type(None), tuple, list, dict, type, torch.dtype, torch.device))
+"""What has no name on the other side and is no tensor; most of what is pickled is, and a read waits for each look."""
+
+
 class Left:
     """A tensor that was left where it is: among the values of a paused run, by its number there."""
 
@@ -70,6 +74,8 @@ def packed(
     sent: dict[int, tuple[int, torch.Tensor]] = {}  # the tensor is held, else another could get its identity
 
     def persistent(each: Any) -> Any:
+        if type(each) in NAMELESS:
+            return None
         if places is not None and (name := places(each)) is not None:
             return "there", name
         # Where tensors have names a parameter is one of them; else it stays a parameter, of a plain tensor.

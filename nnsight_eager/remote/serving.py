@@ -14,63 +14,49 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, Final
 
 import torch
 
-from ..errors import RemoteError, RunEndedError
+from ..errors import LoadError, RemoteError, RunEndedError
 from ..interactive.held import HeldRun
 from ..language import LanguageModel
-from ..progress import listening
-from ..visits import Forward
+from ..visits import Between
 from .addresses import Paths
+from .functions import Functions
 from .holding import weights_of
 from .lanes import Lanes
 from .packing import Packed, form_of, packed, unpacked
-from .served import ServedRun, device_of, store, told
+from .ranks import Alone
+from .served import ServedRun, device_of, told
 from .sessions import Limits, Seat, Session, Sessions
-from .turns import Turns
 from .wire import VERSION, Answer, At, Description, Message, Opened, plain
 
-_job: ContextVar[int | None] = ContextVar("nnsight_eager_job", default=None)
-"""The submitted function that this runs in."""
-
 NOWHERE: Final = At(None, "", 0, False, 0, False, True)
-
-
-class QueuedForward(Forward):
-    """A model call of a submitted function: it computes in turns, a turn from one pause to the next."""
-
-    __slots__ = ("_turn",)
-
-    def __init__(self, turn: Callable[[], Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        super().__init__(function, *args, **kwargs)
-        self._turn = turn
-
-    def resume(self) -> Any:
-        """Go on until the next pause, when it is this owner's turn."""
-        with self._turn():
-            return super().resume()
 
 
 class Server:
     """A model, and who is connected to it."""
 
-    def __init__(self, name_or_folder: str, name: str, options: dict[str, Any], limits: Limits) -> None:
-        """Load the model; `options` are those of `LanguageModel`."""
+    def __init__(
+        self, name_or_folder: str, name: str, options: dict[str, Any], limits: Limits, ranks: Alone | None = None
+    ) -> None:
+        """Load the model; `options` are those of `LanguageModel`, `ranks` the actors that hold it together."""
         self.name = name
+        self._ranks = ranks = Alone() if ranks is None else ranks
         self._model = model = LanguageModel(name_or_folder, dispatch=True, **options)
         self._rename = options.get("rename")
         self._paths = Paths(model._module)
         self._weights = weights_of(model._module)
-        self._turns = Turns()
+        self._turns = ranks.turns
         self._lanes = Lanes()
-        self._sessions = Sessions(limits, self._view, self._close, self._forget)
+        self._functions = Functions(model, ranks, limits.rows)
+        self._sessions = Sessions(limits, model._view, self._close, self._forget)
         self._life = uuid.uuid4().hex
-        self._progress: dict[tuple[int, int], tuple[int, int, str]] = {}
-        threading.Thread(target=self._watch, name="nnsight_eager watch", daemon=True).start()
+        self._ended = threading.Event()
+        if ranks.answers:
+            threading.Thread(target=self._watch, name="nnsight_eager watch", daemon=True).start()
 
     # Clients
 
@@ -81,9 +67,11 @@ class Server:
         dtype = str(getattr(module, "dtype", "")).removeprefix("torch.")
         return Description(VERSION, self.name, config, self._model.tokenizer, generation, dtype, self._rename)
 
-    def open(self, owner: str) -> Opened:
+    def open(self, owner: str, number: int | None = None) -> Opened:
         """Let a client in."""
-        session = self._sessions.open(owner)
+        session = self._sessions.open(owner, number)
+        with self._ranks.alike("open", owner, session.number):
+            pass
         return Opened(session.number, self._life, self._sessions.limits.silence / 4)
 
     def beat(self, session: int, forget: list[tuple[str, int]]) -> bool:
@@ -92,23 +80,29 @@ class Server:
             found = self._sessions[session]
         except KeyError:
             return False
+        if forget:
+            with self._ranks.alike("beat", session, forget):
+                self._forget(found, forget)
+        return True
+
+    def _forget(self, session: Session, forget: list[tuple[str, int]]) -> None:
         for kind, number in forget:
             if kind == "ref":
-                found.refs.pop(number, None)
+                session.refs.pop(number, None)
             else:
-                self._close(found, number, "was closed by its client")
-        return True
+                self._close(session, number, "was closed by its client")
 
     def leave(self, session: int) -> None:
         """The client goes, and what it has here goes with it."""
-        self._sessions.end(session)
+        with self._ranks.alike("leave", session):
+            self._sessions.end(session)
 
     def status(self) -> dict[str, Any]:
         """Who is connected, what runs are paused where, and how long each client has waited for its turns, in seconds."""
         clients = []
         for session in self._sessions.all():
             session.look(self._weights)
-            waits = sorted(self._turns.waits(_queued(session)))
+            waits = sorted(self._turns.waits(session.queued))
             clients.append(
                 {
                     "owner": session.owner,
@@ -134,17 +128,31 @@ class Server:
             found = self._sessions[session]
         except KeyError:
             return None
-        return plain(self._gone(found, Message(*sent)))
-
-    def _gone(self, found: Session, message: Message) -> Answer:
-        """What came of a message."""
+        message = Message(*sent)
+        limit = self._sessions.limits.memory
         try:
-            seat = self._seat(found, message)
+            if message.begin is not None and limit is not None:
+                self._refuse_more(found, limit)
+            with self._ranks.alike("go", session, sent) as call:
+                answer = self._gone(found, message, call)
         except Exception as error:
-            return Answer(NOWHERE, None, told(error))
+            return plain(Answer(NOWHERE, None, told(error)))
+        if limit is not None and not answer.at.finished and not isinstance(answer.value, At):
+            answer = self._within_memory(found, message.run, answer, limit)
+        return plain(answer)
+
+    def _gone(self, found: Session, message: Message, call: int) -> Answer:
+        """What came of a message."""
+        seat = found.seat(message.run) if message.begin is None else Seat(self._lanes.take())
+        if message.begin is not None:
+            seat.lane.runs = 1  # type: ignore[union-attr]
         seat.busy = True
         try:
-            answer: Answer = seat.do(self._in_turn, found, seat, message)
+            answer: Answer = seat.do(self._in_turn, found, seat, message, call)
+        except BaseException:
+            if message.run not in found.seats:
+                self._leave_lane(seat)
+            raise
         finally:
             seat.busy, seat.touched = False, time.monotonic()
         if message.verb == "finish" and answer.error is None and not seat.run.by_hand:
@@ -153,33 +161,18 @@ class Server:
             self._close(found, message.run, "has ended: its forward pass has failed")
         if isinstance(answer.value, HeldRun):
             return answer._replace(value=self._forked(found, seat, answer.value, message))
-        if self._sessions.limits.memory is not None and not answer.at.finished:
-            return self._within_memory(found, message.run, answer, self._sessions.limits.memory)
         return answer
 
-    def _seat(self, session: Session, message: Message) -> Seat:
-        """The run that a message is for, which it may begin."""
-        if message.begin is None:
-            return session.seat(message.run)
-        if self._sessions.limits.memory is not None:
-            self._refuse_more(session, self._sessions.limits.memory)
-        lane = self._lanes.take()
-        try:
-            run = lane.do(ServedRun, session.model, message.begin, partial(session.lookup, session.model), self._paths)
-        except BaseException:
-            self._lanes.give(lane)
-            raise
-        lane.runs = 1
-        session.seats[message.run] = seat = Seat(run, lane)
-        return seat
-
-    def _in_turn(self, session: Session, seat: Seat, message: Message) -> Answer:
-        """On the lane: do what the message says when it is the client's turn."""
-        with self._turns.of(_queued(session)):
+    def _in_turn(self, session: Session, seat: Seat, message: Message, call: int) -> Answer:
+        """On the lane: do what the message says when it is the client's turn; it may begin the run."""
+        with self._turns.of(session.queued, call):
+            if message.begin is not None:
+                seat.run = ServedRun(session.model, message.begin, partial(session.lookup, session.model), self._paths)
+                session.seats[message.run] = seat
             answer = seat.run.do(message)
-        if message.verb == "value" and answer.error is None:
-            number = session.keep(answer.value)
-            answer = answer._replace(value=(number, form_of(answer.value)))
+            if message.verb == "value" and answer.error is None:
+                number = session.keep(answer.value)
+                answer = answer._replace(value=(number, form_of(answer.value)))
         if self._sessions.limits.memory is not None:
             seat.bytes = seat.run.nbytes(self._weights)
         return answer
@@ -190,7 +183,8 @@ class Server:
         assert lane is not None
         lane.runs += 1
         (number,) = message.args
-        session.seats[number] = Seat(fork, lane)
+        session.seats[number] = taken = Seat(lane)
+        taken.run = fork
         return lane.do(fork.at)  # type: ignore[no-any-return]
 
     def _close(self, session: Session, number: int, why: str) -> None:
@@ -199,9 +193,10 @@ class Server:
         if seat is None:
             return
         session.ended[number] = why
-        with contextlib.suppress(Exception):  # what the model's own `finally` blocks raise has no reader
-            seat.do(seat.run.close)
-        self._leave_lane(seat)
+        with self._ranks.alike("close", session.number, number):
+            with contextlib.suppress(Exception):  # what the model's own `finally` blocks raise has no reader
+                seat.do(seat.run.close)
+            self._leave_lane(seat)
 
     def _leave_lane(self, seat: Seat) -> None:
         """The run does not live on its lane any more."""
@@ -242,75 +237,48 @@ class Server:
 
     def run_function(self, session: int, job: int, sent: Packed) -> tuple[str, Any]:
         """Run a function next to the model: "returned" and what, "raised" and what, or "unknown" for the client."""
-        try:
-            found = self._sessions[session]
-        except KeyError:
-            return "unknown", None
-        token = _job.set(job)
-        try:
-            with listening(partial(self._note, found, job)), found.in_order:
-                model = found.model._view()
-                function, args, kwargs, edits = unpacked(
-                    sent, device=device_of(model._module), there=partial(found.lookup, model)
-                )
-                store(model, edits)
-                return "returned", packed(function(model, *args, **kwargs))
-        except Exception as error:
-            return "raised", told(error)
-        finally:
-            _job.reset(token)
-            self._progress.pop((session, job), None)
+        return self._answered(session, lambda found: self._functions.run(found, job, sent))
+
+    def run_pass(self, asked: list[tuple[int, int, Packed]]) -> None:
+        """Where rank 0 tells this one to: run the functions that share a pass there."""
+        self._functions.run_pass([(self._sessions[session], job, sent) for session, job, sent in asked])
 
     def progress(self, session: int, job: int) -> tuple[int, int, str]:
         """How far a function has come: done, of how much, of what."""
-        return self._progress.get((session, job), (0, 0, ""))
+        return self._functions.progress(session, job)
 
     def cancel(self, session: int, job: int) -> None:
         """Have a function end when it next lets the model go on, or says how far it has come."""
         self._sessions[session].cancelled.add(job)
 
-    def _note(self, session: Session, job: int, done: int, total: int, what: str) -> None:
-        self._refuse_cancelled(session)
-        self._progress[session.number, job] = done, total, what
-
-    def _turn(self, session: Session) -> Any:
-        """A turn of this client, unless it is gone or has cancelled what asks."""
-        self._refuse_cancelled(session)
-        return self._turns.of(_queued(session))
-
-    @staticmethod
-    def _refuse_cancelled(session: Session) -> None:
-        if not session.open:
-            raise RunEndedError("The client that has submitted this function has given no sign of life.")
-        if _job.get() in session.cancelled:
-            raise RunEndedError("The function was cancelled by its client.")
-
     def call(self, session: int, path: str, sent: Packed) -> tuple[str, Any]:
         """Apply a module to values, beside every run."""
-        return self._answered(session, lambda found: packed(self._applied(found, path, sent)))
+        with self._ranks.alike("call", session, path, sent):
+            return self._answered(session, lambda found: packed(self._applied(found, path, sent)))
 
     def _applied(self, session: Session, path: str, sent: Packed) -> Any:
         args, kwargs = unpacked(sent, device=device_of(self._model._module), there=partial(session.lookup, session.model))
-        with self._turn(session), torch.no_grad():
+        with self._functions.turn(session), torch.no_grad():
             return self._paths.module(path)(*args, **kwargs)
 
     def handled(self, session: int, number: int, operation: str, sent: Packed | None) -> tuple[str, Any]:
         """Do something with what a client has a handle of; a tensor that comes of it stays here, under a number of its own."""
-        return self._answered(session, lambda found: self._handled(found, number, operation, sent))
+        with self._ranks.alike("handled", session, number, operation, sent):
+            return self._answered(session, lambda found: self._handled(found, number, operation, sent))
 
     def _handled(self, session: Session, number: int, operation: str, sent: Packed | None) -> Any:
         tensor = session.kept(number)
         if sent is None:
             return packed(tensor)
         args, kwargs = unpacked(sent, device=tensor.device, there=partial(session.lookup, session.model))
-        with self._turn(session), torch.no_grad():
+        with self._functions.turn(session), torch.no_grad():
             function = args[0] if operation == "apply" else getattr(torch.Tensor, operation)
             value = function(tensor, *args[operation == "apply" :], **kwargs)
-        if not isinstance(value, torch.Tensor) or not value.dim():
-            return packed(value)
-        if operation == "__getitem__":
-            value = value.clone()  # a view would keep all of it
-        return session.keep(value), form_of(value)
+            if not isinstance(value, torch.Tensor) or not value.dim():
+                return packed(value)
+            if operation == "__getitem__":
+                value = value.clone()  # a view would keep all of it
+            return session.keep(value), form_of(value)
 
     def _answered(self, session: int, do: Callable[[Session], Any]) -> tuple[str, Any]:
         """What came of doing something for a client."""
@@ -325,27 +293,26 @@ class Server:
 
     # Inside
 
-    def _view(self, session: Session) -> LanguageModel:
-        """The model as one client has it: with edits of its own, and computing in its turns."""
-        view = self._model._view()
-        view._tree.forward = partial(QueuedForward, partial(self._turn, session))
-        return view  # type: ignore[return-value]
+    def _stand_together(self) -> Between:
+        """Find out how the model is divided, which all ranks do at the same time; refused where it is not."""
+        between = self._model._tree.memory.look_between(self._model._module, "forward")
+        if between is None:
+            raise LoadError(
+                f"`{self.name}` is not divided among ranks: transformers has no plan for its architecture.",
+                "Leave `--tp` away; `--device-map auto` spreads a model over the devices of one actor.",
+            )
+        return between
 
     def _forget(self, session: Session) -> None:
         """Nobody will wait for turns under this name any more."""
-        self._turns.forget(_queued(session))
+        self._turns.forget(session.queued)
 
     def _watch(self) -> None:
         """Close what nobody will ask for any more."""
         every = min(self._sessions.limits.silence, self._sessions.limits.idle) / 4
         while True:
             time.sleep(every)
-            self._sessions.close_silent()
-
-
-def _queued(session: Session) -> str:
-    """The name under which a client queues."""
-    return f"{session.owner}#{session.number}"
+            self._sessions.close_silent(self.leave)
 
 
 def _megabytes(size: int) -> str:

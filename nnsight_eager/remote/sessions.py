@@ -3,7 +3,7 @@
 sessions = Sessions(limits, open)
 session = sessions.open("alice@laptop")
 session.heard()
-sessions.close_silent()           # those who have given no sign of life for too long, and runs nobody has touched
+sessions.close_silent(end)        # those who have given no sign of life for too long, and runs nobody has touched
 """
 
 import itertools
@@ -31,13 +31,17 @@ class Limits(NamedTuple):
     """A run that nobody has touched for so long is closed."""
     memory: int | None = None
     """What the runs, caches and handles of one client may hold."""
+    rows: int = 32
+    """How many rows a forward pass may have that the functions of several clients share."""
 
 
 class Seat:
     """A run, the lane it lives on, and when it was last touched."""
 
-    def __init__(self, run: ServedRun, lane: Lane) -> None:
-        self.run = run
+    run: ServedRun
+
+    def __init__(self, lane: Lane) -> None:
+        """The run is made on the lane."""
         self.lane: Lane | None = lane
         """Nothing once the run has ended: what it has left can be read on any thread."""
         self.touched = time.monotonic()
@@ -74,6 +78,11 @@ class Session:
         self.open = True
         self._refs = itertools.count()
         self._heard = time.monotonic()
+
+    @property
+    def queued(self) -> str:
+        """The name under which it queues."""
+        return f"{self.owner}#{self.number}"
 
     def heard(self) -> None:
         """A sign of life."""
@@ -132,11 +141,11 @@ class Sessions:
     def __init__(
         self,
         limits: Limits,
-        view: Callable[[Session], NNsight],
+        view: Callable[[], NNsight],
         close: Callable[[Session, int, str], None],
         gone: Callable[[Session], None],
     ) -> None:
-        """`view` gives a client's view of the model, `close` ends one of its runs on its lane, `gone` is told who is gone."""
+        """`view` makes a client's view of the model, `close` ends one of its runs on its lane, `gone` is told who is gone."""
         self.limits = limits
         self._view = view
         self._close = close
@@ -144,12 +153,11 @@ class Sessions:
         self._numbers = itertools.count(1)
         self._sessions: dict[int, Session] = {}
 
-    def open(self, owner: str) -> Session:
-        """A new client."""
-        number = next(self._numbers)
-        session = Session(number, owner)
-        session.model = self._view(session)
-        self._sessions[number] = session
+    def open(self, owner: str, number: int | None = None) -> Session:
+        """A new client, of the next number."""
+        session = Session(next(self._numbers) if number is None else number, owner)
+        session.model = self._view()
+        self._sessions[session.number] = session
         return session
 
     def __getitem__(self, number: int) -> Session:
@@ -163,11 +171,11 @@ class Sessions:
         """Those who are connected."""
         return [*self._sessions.values()]
 
-    def close_silent(self) -> None:
-        """Close what clients have left who are gone, and runs that nobody has touched."""
+    def close_silent(self, end: Callable[[int], None]) -> None:
+        """Close what clients have left who are gone, by `end`, and runs that nobody has touched."""
         for session in self.all():
             if session.silent_for > self.limits.silence:
-                self.end(session.number)
+                end(session.number)
                 continue
             for number, seat in [*session.seats.items()]:
                 if not seat.busy and time.monotonic() - seat.touched > self.limits.idle:

@@ -18,6 +18,7 @@ from ..invokes import Division
 from ..run import Call
 from ..trace import Trace
 from ..tree import Envoy, Tree
+from .jobs import Future
 from .packing import Packed, unpacked
 from .runs import RemoteRun, no_gradients
 
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
 
 Begin = Callable[..., RemoteRun]
 """Makes a run of a call."""
+Submit = Callable[..., Future]
+"""Has a function run next to the model."""
 
 
 class RemoteTrace(Trace):
     """One call of a model on a server."""
 
-    __slots__ = ("_begin_run", "_root_envoy", "retries")
+    __slots__ = ("_begin_run", "_root_envoy", "_submit", "retries")
 
     def __init__(
         self,
@@ -41,12 +44,35 @@ class RemoteTrace(Trace):
         division: Division | None,
         begin: Begin,
         root_envoy: Callable[[Tree], Envoy],
+        submit: Submit,
     ) -> None:
-        """`begin` makes the run, `root_envoy` the model's tree bound to it."""
+        """`begin` makes the run, `root_envoy` the model's tree bound to it, `submit` has a function run there."""
         super().__init__(tree, name, call, division)
         self._begin_run = begin
         self._root_envoy = root_envoy
+        self._submit = submit
         self.retries = 0
+
+    def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future:
+        """Have `function(model, *args, **kwargs)` be the block of this trace, next to the model; only what it returns travels.
+
+            def last(model, layer):
+                return model.transformer.h[layer].output[:, -1]         # [batch, hidden]
+
+            futures = [model.trace(prompt).submit(last, 5) for prompt in prompts]
+            [future.result() for future in futures]
+
+        Functions that wait for the model, from whichever clients, share a forward pass as invokes do, each with its own rows,
+        where their inputs have the same shape but for the rows and the same keywords, and no edits are stored. What each gets
+        is, but for rounding, what it gets alone. One that cannot share, or that does not come to its end in a shared pass, runs
+        again alone. There are no gradients: for those the function opens its own trace, `model.submit(function)`.
+        """
+        if self._call is None or self._call.name != "forward":
+            raise RemoteError(
+                "A function can be the block of a forward pass with an input: `model.trace(prompt).submit(function)`.",
+                "Open generations, other methods and traces of invokes in the function: `model.submit(function)`.",
+            )
+        return self._submit(function, args, kwargs, self._call.kwargs, self.retries)
 
     def start(self, keep: bool = True) -> "RemoteHeld":  # type: ignore[override]
         """Begin the run and hold it by hand: it stays paused on the server, across cells and prompt lines."""

@@ -12,6 +12,7 @@ counted as having had as much as whoever was served last: neither is the past he
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 REMEMBERED: Final = 4096
@@ -39,9 +40,12 @@ class Turns:
         self._served = 0.0  # how much the owner who was served last had had
         self._mine = threading.local()
 
-    def of(self, owner: str) -> "Turn":
-        """A turn of this owner, to be entered; within a turn of the same thread it is that one."""
-        return Turn(self, owner)
+    def of(self, owner: str, call: int | None = None) -> "Turn":
+        """A turn of this owner, to be entered; within a turn of the same thread it is that one.
+
+        `call` tells what it is for, where several ranks take turns alike; without it what this runs in.
+        """
+        return Turn(self, owner, call)
 
     def waits(self, owner: str) -> list[float]:
         """The last waiting times of an owner, in seconds."""
@@ -61,12 +65,29 @@ class Turns:
             if found is not None and not found.waiting:
                 del self._owners[owner]
 
-    def take(self, name: str) -> None:
+    def take(self, name: str, call: int | None = None) -> None:
         """Wait for a turn."""
         depth = getattr(self._mine, "depth", 0)
+        if not depth:
+            self._begin(name, call)
         self._mine.depth = depth + 1
-        if depth:
-            return
+
+    def give(self, name: str) -> None:
+        """The turn is over; the next is who has had least."""
+        depth = getattr(self._mine, "depth", 0)
+        if depth:  # else it was given before, by a rest that has not come to its end
+            self._mine.depth = depth - 1
+        if depth == 1:
+            self._end(name)
+
+    def rest(self, name: str, meanwhile: Callable[[], None]) -> None:
+        """Let others have their turns first, where this thread has a turn for longer; `meanwhile` may raise."""
+        if getattr(self._mine, "depth", 0) == 1:
+            self.give(name)
+            meanwhile()
+            self.take(name)
+
+    def _begin(self, name: str, call: int | None) -> None:
         asked = time.perf_counter()
         with self._lock:
             owner = self._owners.setdefault(name, Owner())
@@ -83,11 +104,7 @@ class Turns:
         self._mine.begun = begun = time.perf_counter()
         owner.waits.append(begun - asked)
 
-    def give(self, name: str) -> None:
-        """The turn is over; the next is who has had least."""
-        self._mine.depth -= 1
-        if self._mine.depth:
-            return
+    def _end(self, name: str) -> None:
         used = time.perf_counter() - self._mine.begun
         with self._lock:
             owner = self._owners.setdefault(name, Owner())
@@ -104,14 +121,15 @@ class Turns:
 class Turn:
     """One turn, from `with` to its end."""
 
-    __slots__ = ("_owner", "_turns")
+    __slots__ = ("_call", "_owner", "_turns")
 
-    def __init__(self, turns: Turns, owner: str) -> None:
+    def __init__(self, turns: Turns, owner: str, call: int | None) -> None:
         self._turns = turns
         self._owner = owner
+        self._call = call
 
     def __enter__(self) -> None:
-        self._turns.take(self._owner)
+        self._turns.take(self._owner, self._call)
 
     def __exit__(self, *_: Any) -> None:
         self._turns.give(self._owner)

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 from .addresses import Address
 from .packing import Packed
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 
 class Begin(NamedTuple):
