@@ -52,7 +52,7 @@ class Server:
         self._turns = ranks.turns
         self._lanes = Lanes()
         self._functions = Functions(model, ranks, limits.rows)
-        self._sessions = Sessions(limits, model._view, self._close, self._forget)
+        self._sessions = Sessions(limits, model._view, self._close, self._gone)
         self._life = uuid.uuid4().hex
         self._ended = threading.Event()
         if ranks.answers:
@@ -303,7 +303,7 @@ class Server:
             )
         return between
 
-    def _forget(self, session: Session) -> None:
+    def _gone(self, session: Session) -> None:
         """Nobody will wait for turns under this name any more."""
         self._turns.forget(session.queued)
 
