@@ -52,9 +52,8 @@ class Server:
         self._turns = ranks.turns
         self._lanes = Lanes()
         self._functions = Functions(model, ranks, limits.rows)
-        self._sessions = Sessions(limits, model._view, self._close, self._gone)
+        self._sessions = Sessions(limits, model._view, self._close, lambda session: self._turns.forget(session.queued))
         self._life = uuid.uuid4().hex
-        self._ended = threading.Event()
         if ranks.answers:
             threading.Thread(target=self._watch, name="nnsight_eager watch", daemon=True).start()
 
@@ -302,10 +301,6 @@ class Server:
                 "Leave `--tp` away; `--device-map auto` spreads a model over the devices of one actor.",
             )
         return between
-
-    def _gone(self, session: Session) -> None:
-        """Nobody will wait for turns under this name any more."""
-        self._turns.forget(session.queued)
 
     def _watch(self) -> None:
         """Close what nobody will ask for any more."""

@@ -6,6 +6,7 @@ Rank 0 makes the other actors and is made anew by Ray where it dies; they end wi
 can go on without the others. So for a client they are one actor.
 """
 
+import threading
 from typing import Any
 
 from . import cluster
@@ -60,4 +61,4 @@ class OtherRank(Server):
 
     def hold(self) -> None:
         """Return never: whoever waits for it is told when this process dies."""
-        self._ended.wait()
+        threading.Event().wait()
