@@ -1,6 +1,7 @@
 """Being in a Ray cluster: which one, and what is said where it is not there. Ray is one that notes what it is asked."""
 
 import signal
+import sys
 import threading
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -17,8 +18,6 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not ins
 def ray(monkeypatch):
     """A Ray that is in no cluster, serves `gpt2` and whose `init` may raise what `broken` is."""
     import ray as real
-
-    from nnsight_eager.remote import cluster
 
     state = SimpleNamespace(inside=False, calls=[], broken=None)
 
@@ -43,11 +42,12 @@ def ray(monkeypatch):
         exceptions=real.exceptions,
         util=SimpleNamespace(list_named_actors=lambda _: served),
         get_actor=get_actor,
+        cluster_resources=lambda: {"CPU": 4.0, "GPU": 1.0},
         wait=lambda waiting, timeout: (waiting, []),
         get=lambda waiting: (_ for _ in ()).throw(*waiting),
         get_runtime_context=lambda: SimpleNamespace(gcs_address="127.0.0.1:1"),
     )
-    monkeypatch.setattr(cluster, "ray_module", lambda: state.ray)
+    monkeypatch.setitem(sys.modules, "ray", state.ray)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return state
 
@@ -123,6 +123,15 @@ def test_the_command_joins_the_cluster_that_it_is_given(ray, monkeypatch):
         for number, handler in before.items():
             signal.signal(number, handler)
     assert ray.calls == [("init", "10.0.0.1:6379"), ("shutdown",)]
+
+
+def test_more_than_the_cluster_has_is_refused_instead_of_waited_for(ray):
+    from nnsight_eager.remote import cluster
+
+    cluster.refuse_without_room(4, 1)
+    for cpus, gpus in ((5, 0), (1, 2)):
+        with pytest.raises(RemoteError, match="The cluster has 4 processors and 1 accelerators, and"):
+            cluster.refuse_without_room(cpus, gpus)
 
 
 def test_a_server_of_another_version_is_refused(ray, monkeypatch, folder):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import SIZES
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from nnsight_eager import NNsight
 from nnsight_eager.errors import PointError
@@ -193,10 +193,11 @@ def leaving_out(module, tensor, args):
     return (tensor * 0.25, *args[1:]) if isinstance(module, Block) else tensor * 0.25
 
 
-def as_in_a_receipt(edited):
-    """The point and the step of a place that was edited."""
-    (path, kind, step, _), edits = edited
-    return spelled(path, "skip" if "skip" in edits else kind), step
+def as_in_receipts(edited):
+    """The points, with their step, that were edited at each place: at its input a module may be skipped after an edit."""
+    for (path, kind, step, _), edits in edited.items():
+        for edit in edits:
+            yield spelled(path, "skip" if edit == "skip" else kind), step
 
 
 class Walk:
@@ -281,6 +282,8 @@ MOVES = st.one_of(
 @pytest.mark.parametrize("name", PROGRAMS)
 @settings(max_examples=8, deadline=None, suppress_health_check=[*HealthCheck])
 @given(keep=st.booleans(), moves=st.lists(st.tuples(st.integers(0, 2), MOVES), min_size=3, max_size=12))
+@example(keep=False, moves=[(0, ("step", 1)), (0, ("step", 2)), (0, ("edit", "halve")), (0, ("edit", "skip"))])
+@example(keep=True, moves=[(0, ("step", 1)), (0, ("step", 2)), (0, ("edit", "in place")), (0, ("edit", "skip"))])
 def test_a_walk_comes_to_what_plain_hooks_give(one_torch_thread, name, keep, moves):
     program = PROGRAMS[name]()
     twin = copy.deepcopy(program)  # what is done plainly
@@ -304,7 +307,7 @@ def test_a_walk_comes_to_what_plain_hooks_give(one_torch_thread, name, keep, mov
         results = [walk.run.finish() for walk in walks]
     assert [dict(vars(each)) for each in program.module.modules()] == before
     for walk, result in zip(walks, results, strict=True):
-        assert {(each.point, each.step) for each in walk.run.edits} == {*map(as_in_a_receipt, walk.edits.items())}
+        assert {(each.point, each.step) for each in walk.run.edits} == {*as_in_receipts(walk.edits)}
         _, expected, buffers = plain(twin, walk.edits)
         assert all(map(torch.equal, tensors(result), tensors(expected)))
         assert not isinstance(result, tuple) or result[1] == expected[1]  # the list that the blocks have written into

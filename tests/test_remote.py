@@ -842,18 +842,26 @@ def test_a_function_can_be_cancelled_and_says_how_far_it_has_come(remote, server
     monkeypatch.setattr(remote_in_process, "met", [], raising=False)
     line = remote._tree.line
     future = remote.submit(program, line.session.session, line._count + 1)
-    assert repr(future) == "<program on tiny: done>"
     with pytest.raises(RunEndedError, match=r"^The function was cancelled by its client\.\n"):
         future.result()
+    assert repr(future) == "<program on tiny: done>"
     assert remote_in_process.met == [(0, 3, "prompts"), (1, 3, "prompts")]
     assert future.progress == (0, 0, "")
 
 
-def test_a_function_of_a_client_that_is_gone_is_ended(remote, server):
-    server_side = server._sessions[remote._tree.line.session.session]
-    server.leave(server_side.number)
+def test_a_function_of_a_client_that_is_gone_is_ended(remote, server, monkeypatch):
+    import remote_in_process
+
+    def program(model, session):
+        from remote_in_process import server
+
+        server.leave(session)
+        model.trace("Paris").result
+        return "to its end"
+
+    monkeypatch.setattr(remote_in_process, "server", server, raising=False)
     with pytest.raises(RunEndedError, match="The client that has submitted this function has given no sign of life"):
-        server_side.model.trace(PROMPT).result
+        remote.submit(program, remote._tree.line.session.session).result()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -154,7 +155,8 @@ def test_a_rank_whose_other_does_not_ask_ends_with_a_sentence(what, sentence, tm
     script = tmp_path / "left_alone.py"
     script.write_text(LEFT_ALONE.replace("WHAT", what))
     (code, said), *_ = launched(2, tmp_path, script, limit=120, NNSIGHT_EAGER_RANKS_TIMEOUT="3")
-    assert code == 1, said  # it has ended by itself, long before what the other does
+    # It has ended by itself, long before what the other does; torch may abort a process that ends while it is connected.
+    assert code in (1, -signal.SIGABRT), said
     assert sentence in " ".join(said.split("\n"))
     assert "both were there" not in said
 

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -234,7 +235,7 @@ class HeldRun(Shown, Trace):
         whole = reached(run.result) if run.finished and not (run.cut_short or run.failed_with) else set()
         receipts = [
             receipt(each, run.path_of(each.place.module), bool(whole) and each.node is not None and each.node not in whole)
-            for each in journal.changes.values()
+            for each in chain.from_iterable(journal.changes.values())
         ]
         stales = [
             stale(run.path_of(each.place.module), each.place.kind, each.place.step, each.value)
@@ -386,9 +387,9 @@ def forked(trace: Trace, recording: Recording, at: Visit, keep: bool) -> HeldRun
     again, come_next = recording.again(keep), journal.come_next()
     with random_numbers_as_they_are():
         run = again.follow(recording, partial(Trace._run_of, trace), at.place)
-        changed = journal.changes.get(at.place.key)
-        if changed is not None and run.at is not None:
-            again.change(run, run.at, changed, recording)
+        if run.at is not None:
+            for changed in journal.changes.get(at.place.key, ()):
+                again.change(run, run.at, changed, recording)
     again.journal.go_on_with(come_next)
     return HeldRun(trace, again, run)
 

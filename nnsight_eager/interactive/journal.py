@@ -108,12 +108,18 @@ class Paused:
         storage = tensor.untyped_storage()._cdata
         return any(each.untyped_storage()._cdata == storage for each in self._tensors)
 
-    def changed(self) -> Changed | None:
-        """What has been changed since."""
-        visit, value = self.visit, value_at(self.visit)
+    def changes(self) -> list[Changed]:
+        """What has been changed since: the value that is there; before a module that was left out also what stands for it."""
+        visit = self.visit
+        changed = [self._changed(visit.value if visit.kind is OUTPUT else (visit.args, visit.kwargs))]
+        if visit.skipped and visit.kind is INPUT:  # at its output, it has been
+            changed.append(self._as(visit.value, rebuilt=True, skipped=True))
+        return [each for each in changed if each is not None]
+
+    def _changed(self, value: Any) -> Changed | None:
+        """What is another in `value` than it was."""
         now = [*tensors(value)]
-        skipped = visit.skipped and visit.kind is INPUT  # at its output, it has been
-        rebuilt = skipped or len(now) != len(self._tensors)
+        rebuilt = len(now) != len(self._tensors)
         versions = _versions(now)
         both = range(0 if rebuilt else len(now))
         replaced = frozenset(n for n in both if now[n] is not self._tensors[n])
@@ -122,10 +128,19 @@ class Paused:
         in_place = frozenset(
             n for n in both if n not in replaced and (versions[n] != self._versions[n] or id(now[n]) in written)
         )
-        if not (rebuilt or replaced or in_place):
-            return None
+        return self._as(value, replaced, in_place, rebuilt) if rebuilt or replaced or in_place else None
+
+    def _as(
+        self,
+        value: Any,
+        replaced: frozenset[int] = frozenset(),
+        in_place: frozenset[int] = frozenset(),
+        rebuilt: bool = False,
+        skipped: bool = False,
+    ) -> Changed:
+        """A change to `value`, of which these tensors were replaced and these changed in place."""
         size = float("inf") if rebuilt else _size(self._copies, [*small_tensors(value)])
-        node = next((each.grad_fn for n, each in enumerate(now) if n in replaced | in_place or rebuilt), None)
+        node = next((each.grad_fn for n, each in enumerate(tensors(value)) if n in replaced | in_place or rebuilt), None)
         value = mapped(value, torch.clone)
         return Changed(
             self.place, value, replaced, in_place, rebuilt, skipped, described(self._value), described(value), size, node
@@ -141,7 +156,7 @@ class Journal:
         self.going: list[Going] = []
         self.kept: dict[Key, Kept] = {}
         self.last: dict[tuple[int, Kind], Place] = {}
-        self.changes: dict[Key, Changed] = {}
+        self.changes: dict[Key, list[Changed]] = {}  # of each place, in the order in which they are made again
         self.drawn: dict[Key, Random] = {}  # random numbers that were drawn or seeded from outside, by place
         self.begun_with: Random | None = None
         self.random: Random | None = None  # where the random numbers were at the last pause
@@ -171,7 +186,7 @@ class Journal:
             self.drawn[self.paused.place.key] = random
         self.random = random
 
-    def changes_in(self, kept: Kept) -> "dict[Key, Changed]":
+    def changes_in(self, kept: Kept) -> dict[Key, list[Changed]]:
         """What was changed in a call, its arguments and its value included."""
         return {key: each for key, each in self.changes.items() if kept.has(key)}
 
@@ -199,9 +214,9 @@ class Journal:
         """Note what has been changed where the run is paused."""
         if self.paused is None:
             return
-        changed = self.paused.changed()
-        if changed is not None:
-            self.changes[self.paused.place.key] = changed
+        changes = self.paused.changes()
+        if changes:
+            self.changes[self.paused.place.key] = changes
         for (place, _), tensor, (version,) in self._out:
             if _versions([tensor]) != [version] and not self.paused.shares_memory_with(tensor):
                 self.stale[place.key] = Stale(place, described(tensor))

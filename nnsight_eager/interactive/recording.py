@@ -12,6 +12,7 @@ What had been completed is passed over with what it gave, where that cannot be s
 import operator
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +101,7 @@ class Recording:
             begun_with = then.begun_with or Random.now()
             begun_with.put()
             self.journal.lead(begun_with)
-            places = (place, *(each.place for each in then.changes.values()))
+            places = (place, *(each.place for each in chain.from_iterable(then.changes.values())))
             for part in {each.module for each in places if isinstance(each.module, Part)}:
                 run.watch(part, self.journal.watch)
             kept = {key: each for key, each in then.all_kept().items() if _can_be_passed_over(each, place, changed, then)}
@@ -132,7 +133,8 @@ class Recording:
             return
         if key in then.changes:
             self.journal.pause_at(visit)
-            self.change(run, visit, then.changes[key], earlier)
+            for changed in then.changes[key]:
+                self.change(run, visit, changed, earlier)
         if key in then.drawn:
             self.journal.drawn[key] = then.drawn[key]
             then.drawn[key].put()
@@ -151,9 +153,9 @@ class Recording:
             journal.last |= {(number, INPUT): there._replace(kind=INPUT), (number, OUTPUT): there}
         for target, source in zip(objects, kept.objects.thawed() if kept.objects is not None else (), strict=True):
             put_into(target, source)
-        for key, changed in earlier.journal.changes_in(kept).items():
-            journal.changes[key] = changed  # it is in what the module gave, and has to be made should it be called once more
-            self._written_before(run, changed.place, earlier)
+        for key, changes in earlier.journal.changes_in(kept).items():
+            journal.changes[key] = changes  # in what the module gave; made again should it be called once more
+            self._written_before(run, changes[0].place, earlier)
         journal.drawn |= {key: each for key, each in earlier.journal.drawn.items() if kept.has(key)}
         kept.random.put()
         return True
@@ -197,7 +199,8 @@ def _can_be_passed_over(kept: Kept, place: Place, changed: set[int], then: Journ
     in it, which may have been changed outside of it too.
     """
     intact = kept.value.intact() and (kept.objects is None or kept.objects.intact())
-    outwards = any(each.in_place and key != kept.left for key, each in then.changes_in(kept).items())
+    changes = then.changes_in(kept).items()
+    outwards = any(each.in_place and key != kept.left for key, of_place in changes for each in of_place)
     same = not changed or changed.isdisjoint(map(id, kept.entered.module.modules()))
     owner = place.module.owner if isinstance(place.module, Part) else place.module  # of a part it may not have been heard
     return intact and same and not outwards and not kept.has(place.key) and not kept.has((id(owner), OUTPUT, place.step, 1))
