@@ -40,6 +40,7 @@ def ray(monkeypatch):
         shutdown=shutdown,
         is_initialized=lambda: state.inside,
         exceptions=real.exceptions,
+        cloudpickle=real.cloudpickle,
         util=SimpleNamespace(list_named_actors=lambda _: served),
         get_actor=get_actor,
         cluster_resources=lambda: {"CPU": 4.0, "GPU": 1.0},

@@ -38,7 +38,9 @@ class QueuedForward(Forward):
         self._turn = turn
 
     def resume(self) -> Any:
-        """Go on until the next pause, when it is this owner's turn."""
+        """Go on until the next pause, when it is this owner's turn; what is closed is, whoever has gone."""
+        if self._closing:
+            return super().resume()
         with self._turn():
             return super().resume()
 
