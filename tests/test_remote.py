@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from left_behind import frames_on_other_stacks
 from small_models import FOLDER
 
 import nnsight_eager
@@ -954,6 +955,7 @@ def test_a_lost_run_is_repeated_as_often_as_is_said_and_then_told_of(remote, mon
         lost.extend([Lost("once"), Lost("again")])
         assert remote.transformer.h[1].output.equal(expected)
     assert not lost
+    assert not [name for name in frames_on_other_stacks() if "forward" in name]  # of a run that was not lost after all
     with pytest.raises(nnsight_eager.ServerLostError) as caught, remote.trace(PROMPT, retries=1):
         lost.extend([Lost("for good"), Lost("at first")])
         remote.transformer.h[0].output

@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 import re
+import sys
 import warnings
 from code import InteractiveConsole
 from pathlib import Path
@@ -66,13 +67,14 @@ def models(folder):
 
 
 @pytest.fixture
-def wide(monkeypatch):
+def plain_shell(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # Ray's, where it was imported, stands in for it
 
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("kind", ["tiny", "real"])
-@pytest.mark.usefixtures("wide")
+@pytest.mark.usefixtures("plain_shell")
 def test_a_session_shows_what_is_in_its_transcript(models, kind, call):
     file = FOLDER / kind / f"{call}.txt"
     model, before = models(kind), file.read_text()

@@ -142,8 +142,11 @@ class Server:
 
     def _gone(self, found: Session, message: Message, call: int) -> Answer:
         """What came of a message."""
-        seat = found.seat(message.run) if message.begin is None else Seat(self._lanes.take())
-        if message.begin is not None:
+        if message.begin is None:
+            seat = found.seat(message.run)
+        else:
+            self._close(found, message.run, "was lost on the way, and begun anew")
+            seat = Seat(self._lanes.take())
             seat.lane.runs = 1  # type: ignore[union-attr]
         seat.busy = True
         try:
