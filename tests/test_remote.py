@@ -548,7 +548,7 @@ def test_a_run_that_nobody_touches_is_closed_and_says_so(folder):
 def test_a_client_that_is_silent_loses_its_runs_and_handles(folder):
     from remote_in_process import client, served
 
-    server = served(folder("gpt2"), silence=0.4)
+    server = served(folder("gpt2"), silence=3)
     silent, alive = client(server, "silent"), client(server, "alive")
     with alive.trace(PROMPT):
         kept = alive.transformer.h[0].output
