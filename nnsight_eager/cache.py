@@ -138,8 +138,8 @@ class Cache(Shown):
     def _place(self, path: str) -> "Cached":
         """The place at a path in any names, which may begin at `model`, as in a message or `cache.model.transformer`."""
         first, _, below = path.partition(".")
-        place = Cached(self, self._own(path))
-        return Cached(self, self._own(below)) if first == "model" and not place._is_there() else place
+        place, in_model = Cached(self, self._own(path)), Cached(self, self._own(below))
+        return in_model if first == "model" and not place._is_there() and in_model._is_there() else place
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *(path.split(".")[0] for path in self._entries if path)})

@@ -31,7 +31,8 @@ def keep_the_compiler_out() -> None:
 
     Else it would compile what pauses the model. This is called for each run, since nobody is to wait for an import of it.
     """
-    if "torch._dynamo.trace_rules" in sys.modules:
+    rules = sys.modules.get("torch._dynamo.trace_rules")
+    if rules is not None and not getattr(rules.__spec__, "_initializing", False):  # another thread may be importing it
         _keep_out()
 
 

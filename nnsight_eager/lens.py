@@ -45,7 +45,7 @@ def logit_lens(model: LanguageModel, prompt: Any, *, top: int = 1, position: int
             states = layer.hidden
             if not -states.shape[1] <= position < states.shape[1]:
                 raise InputError(
-                    f"The prompt has {states.shape[1]} tokens; there is no position {position}.",
+                    f"The prompt has {states.shape[1]} token{'s' * (states.shape[1] != 1)}; there is no position {position}.",
                     f"Choose one from {-states.shape[1]} to {states.shape[1] - 1}; -1 is the last.",
                 )
             hidden.append(states[0, position])

@@ -19,7 +19,7 @@ def takes(function: Callable[..., Any], given: Mapping[str, Any] | None = None) 
     """Whether the function can be called with these keywords alone."""
     given = given or {}
     plain, bound = (function.__func__, 1) if isinstance(function, MethodType) else (function, 0)
-    if isinstance(plain, FunctionType) and not (plain.__dict__ or plain.__code__.co_posonlyargcount):
+    if isinstance(plain, FunctionType) and not plain.__dict__ and _has_named(plain, bound):
         return _plainly_takes(plain, bound, given)
     try:
         inspect.signature(function).bind(**given)
@@ -28,6 +28,11 @@ def takes(function: Callable[..., Any], given: Mapping[str, Any] | None = None) 
     except ValueError:  # it has no signature to look at
         return True
     return True
+
+
+def _has_named(function: FunctionType, bound: int) -> bool:
+    """Whether all positional parameters have names that can be given, those that are bound among them."""
+    return not function.__code__.co_posonlyargcount and function.__code__.co_argcount >= bound
 
 
 def _plainly_takes(function: FunctionType, bound: int, given: Mapping[str, Any]) -> bool:

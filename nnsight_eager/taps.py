@@ -138,8 +138,7 @@ class Tap:
                 if outer.__wrapped__ is self:  # at an operation it is the call in progress
                     outer.__wrapped__ = self.__wrapped__
             outer = outer._original
-        while isinstance(outer := own.get("forward"), Tap) and outer.stack is None:
-            outer._give_back(own)  # one of ours that somebody saved and put back
+        _without_silent(own)
 
     def _give_back(self, own: dict[str, Any]) -> None:
         """Put back exactly what was there before."""
@@ -214,13 +213,17 @@ def tap_at(tap: T, module: torch.nn.Module) -> T:
 
 def put_up(tap: Tap, stack: Any) -> None:
     """Have the tap hear its module's calls on `stack`."""
-    tap.stack = stack
-    tap._original = ABSENT
-    tap.__wrapped__ = tap.module.forward
-    # Atomic, so the usual case needs no lock: nobody else has a `forward` there.
-    if tap.own.setdefault("forward", tap) is not tap:
-        with _lock:
-            tap._stand_in_front()
+    own = tap.own
+    if "forward" not in own:
+        tap.stack = stack
+        tap._original = ABSENT
+        tap.__wrapped__ = tap.module.forward
+        if own.setdefault("forward", tap) is tap:  # atomic, so the usual case needs no lock
+            return
+    with _lock:
+        _without_silent(own)
+        tap.stack = stack
+        tap._stand_in_front()
 
 
 def put_innermost(tap: Tap, stack: Any) -> None:
@@ -235,6 +238,12 @@ def put_innermost(tap: Tap, stack: Any) -> None:
                 outer = outer._original
             tap._original, tap.__wrapped__ = outer._original, outer.__wrapped__
             outer._original = outer.__wrapped__ = tap
+
+
+def _without_silent(own: dict[str, Any]) -> None:
+    """Take out taps that hear nothing any more, which somebody has saved and put back."""
+    while isinstance(outer := own.get("forward"), Tap) and outer.stack is None:
+        outer._give_back(own)
 
 
 def own_forward(module: torch.nn.Module) -> Callable[..., Any]:

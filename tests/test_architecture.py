@@ -218,7 +218,7 @@ MAY_IMPORT = {
     "interactive.__init__": set(),
     "interactive.frozen": set(),
     "interactive.random_numbers": set(),
-    "interactive.predicates": set(),
+    "interactive.predicates": {"errors"},
     "interactive.into": {"coroutine", "run", "visits"},
     "interactive.journal": {"inside", "interactive.random_numbers", "interactive.frozen", "nested", "visits"},
     "interactive.display": {

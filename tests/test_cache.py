@@ -223,3 +223,10 @@ def test_a_generations_cache_shows_how_often_each_was_visited_and_what_is_left_o
     assert cache["h.0"]
     with pytest.raises(CacheError, match="The cache has nothing of"):
         cache.h.visits
+
+
+def test_what_a_cache_does_not_have_is_named_as_it_was_asked_for(model):
+    with model.trace(X4) as tracer:
+        cache = tracer.cache()
+    with pytest.raises(CacheError, match=r"^The cache has nothing of `model\.nowhere`\."):
+        cache["model.nowhere"]

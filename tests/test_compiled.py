@@ -1,6 +1,8 @@
 """Models that torch compiles, scripts or fuses: what is asked for is seen, or refused; never silently unseen."""
 
 import functools
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -282,3 +284,18 @@ def test_a_compiled_function_that_calls_modules_does_not_compile_what_listens_in
             assert torch.equal(inner, plain.block[0](plain.first(x).sin()))
             assert not tracer.result.any()
         assert torch.equal(module(x), plain(x))
+
+
+def test_traces_go_on_while_another_thread_imports_the_compiler():
+    script = """if True:
+        import threading, torch
+        from nnsight_eager import NNsight
+        model, x = NNsight(torch.nn.Sequential(torch.nn.Linear(2, 2))), torch.ones(1, 2)
+        importing = threading.Thread(target=lambda: __import__("torch._dynamo"))
+        importing.start()
+        while importing.is_alive():
+            with model.trace(x):
+                pass
+        print("done")"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "done\n", done.stderr

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_models import BEGIN, X4, Stack, run_python
 
-from nnsight_eager import NNsight, NotReachedError, OutOfOrderError, RunEndedError, WrongThreadError, has_nan
+from nnsight_eager import NNsight, NotReachedError, OutOfOrderError, RunEndedError, RunError, WrongThreadError, has_nan
 
 
 class Dropping(torch.nn.Module):
@@ -325,6 +325,44 @@ def test_a_run_is_led_to_an_operation_by_its_path(model):
     run = model.trace(X4).start()
     run.to("h.1.lin.source.F_linear_0", "input").to("h.2").back_to("h[1].lin.source.F_linear_0")
     assert repr(run).startswith("paused at model.h[1].lin.source.F_linear_0.output ")
+    run.close()
+
+
+class Twice(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Forked()
+
+    def forward(self, x):
+        return torch.tanh(self.block(self.block(x)))
+
+
+def test_one_goes_back_to_the_last_time_an_operation_has_run_as_to_that_of_a_module():
+    model = NNsight(Twice())
+    with torch.no_grad():
+        once = model._module.block(X4)
+    for point in (model.block, model.block.source.self_lin_0):
+        run = model.trace(X4).start()
+        run.finish()
+        run.back_to(point, "input")
+        assert torch.equal(run._run.at.args[0], once)
+        run.close()
+
+
+def test_an_operation_of_the_model_itself_has_a_path():
+    model = NNsight(Twice())
+    run = model.trace(X4).start()
+    by_path = repr(run.to("source.torch_tanh_0", "input"))
+    assert by_path == repr(run.restart().to(model.source.torch_tanh_0, "input"))
+    run.close()
+
+
+def test_what_is_no_predicate_is_refused_where_the_run_is(model):
+    run = model.trace(X4).start()
+    before = repr(run)
+    with pytest.raises(RunError, match=r"^'nan' is no predicate\.\nGive a function of a tensor"):
+        run.until("nan")
+    assert repr(run) == before
     run.close()
 
 

@@ -29,6 +29,9 @@ class Methods:
     def any_arguments(self, *args):
         """Further positions."""
 
+    def no_name_for_what_it_is_bound_to(*args, a):
+        """By keyword only."""
+
     def none(self):
         """Nothing."""
 

@@ -1,5 +1,6 @@
 """Taps: what stands in a module's `forward` while somebody listens, and what is there afterwards."""
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -112,6 +113,22 @@ def test_a_tap_that_somebody_puts_back_below_a_living_one_goes_with_it(module):
     module.forward = saved
     take_down([doubled(module)])
     assert entries(module) == before
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_tap_that_somebody_puts_back_when_its_run_has_ended_is_gone_with_the_next_one(module, x, runs):
+    own, plain = give_a_forward_of_its_own(module.child), module(x)
+    before, model = entries(module), NNsight(module)
+    with contextlib.ExitStack() as opened:
+        for _ in range(runs):
+            opened.enter_context(model.trace(x)).model.child.input
+        saved = module.child.forward
+    module.child.forward = saved
+    with model.trace(x) as tracer:
+        model.child.output
+    assert torch.equal(tracer.result, plain)
+    assert entries(module) == before
+    assert module.child.__dict__["forward"] is own
 
 
 def test_runs_that_overlap_for_ever_do_not_pile_up(module, x):

@@ -38,7 +38,7 @@ from .into import walk_into_code
 from .journal import HeldForward, value_at
 from .left_behind import close_and_say, say
 from .pointing import pointed_at
-from .predicates import Predicate
+from .predicates import Predicate, name_of
 from .random_numbers import random_numbers_as_they_are
 from .recording import Recording
 
@@ -159,12 +159,13 @@ class HeldRun(Shown, Trace):
         Looks at what modules are given and at what they give. What it has found is shown; where nothing is found the run goes
         to its end. Ready made are `has_nan`, `has_inf`, `norm_above(limit)` and `shape_is(*shape)`.
         """
+        name = name_of(predicate)  # refused before the run goes on
         run = self._going_on()
-        self._found = f"nothing that the run has come by satisfies `{_name_of(predicate)}`"
+        self._found = f"nothing that the run has come by satisfies `{name}`"
         while (visit := run.walk()) is not None:
             found = next((found for tensor in tensors(value_at(visit)) if (found := predicate(tensor))), None)
             if found is not None:
-                self._found = found if isinstance(found, str) else f"`{_name_of(predicate)}` is satisfied"
+                self._found = found if isinstance(found, str) else f"`{name}` is satisfied"
                 return self
         found = self._found
         self._arrived()
@@ -392,7 +393,3 @@ def forked(trace: Trace, recording: Recording, at: Visit, keep: bool) -> HeldRun
                 again.change(run, run.at, changed, recording)
     again.journal.go_on_with(come_next)
     return HeldRun(trace, again, run)
-
-
-def _name_of(predicate: Predicate) -> str:
-    return getattr(predicate, "__name__", type(predicate).__name__)

@@ -195,7 +195,7 @@ class Journal:
         here = None if self.paused is None else self.paused.place
         last = here if here is not None and here.module is module and here.kind is kind else self.last.get((id(module), kind))
         if last is None and isinstance(module, Part) and (around := self.last_at(module.owner, INPUT)) is not None:
-            return Place(module, kind, around.step, 1)
+            return Place(module, kind, around.step, around.times)
         return last
 
     def seen(self, at: Visit | None) -> tuple[dict[int, str], dict[int, str]]:

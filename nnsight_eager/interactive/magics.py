@@ -105,9 +105,8 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
         """`%until has_nan`: on to the first value that satisfies an expression such as `norm_above(100)`."""
         if not line:
             raise UsageError("Write what to stop at: `%until has_nan`, `%until norm_above(100)`.")
-        predicate = eval(line, {**vars(predicates), **self.shell.user_ns})
         with _told():
-            return self._run.until(predicate)
+            return self._run.until(eval(line, {**vars(predicates), **self.shell.user_ns}))
 
     @line_magic  # type: ignore[untyped-decorator]
     @at_the_users_line
@@ -156,7 +155,7 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
         """The words that go on from what is typed of one."""
         run = self.shell.user_ns.get("run")
         if magic == "until":
-            words = [name for name, each in vars(predicates).items() if getattr(each, "__module__", "") == predicates.__name__]
+            words = [*predicates.__all__]
         elif path:
             words = [INPUT, OUTPUT]
         else:
@@ -166,10 +165,10 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Have what is refused said in its sentences, without a traceback through IPython."""
+    """Have what is refused, or a name that is not known, said in its sentences, without a traceback through IPython."""
     try:
         yield
-    except NnsightEagerError as error:
+    except (NnsightEagerError, NameError) as error:
         raise UsageError(str(error)) from None
 
 

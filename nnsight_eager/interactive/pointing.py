@@ -55,7 +55,10 @@ def pointed_at(run: Run, tree: Tree, point: Any, kind: str = OUTPUT) -> Pointed:
 def _divided(root: torch.nn.Module, path: str) -> list[str]:
     """The path of a module and the names of an operation in it, if it names one: `h.0.source.self_mlp_0`."""
     path = path.replace("[", ".").replace("]", "")
-    return [path] if path in dict(root.named_modules()) else path.split(".source.")
+    if path in dict(root.named_modules()):
+        return [path]
+    owner, *names = f".{path}".split(".source.")  # the root's own operations begin at `source`
+    return [owner.removeprefix("."), *names]
 
 
 def _named(tree: Tree, point: Any) -> Envoy:

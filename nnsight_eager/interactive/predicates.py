@@ -8,7 +8,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..errors import RunError
+
+__all__ = ("has_inf", "has_nan", "norm_above", "shape_is")  # what is offered behind `%until`
+
 Predicate = Callable[[torch.Tensor], object]
+
+
+def name_of(predicate: Predicate) -> str:
+    """What a predicate is called in sentences; raises `RunError` where it is none."""
+    if not callable(predicate):
+        raise RunError(f"{predicate!r} is no predicate.", "Give a function of a tensor: `has_nan`, `norm_above(100)`.")
+    return getattr(predicate, "__name__", type(predicate).__name__)
 
 
 def has_nan(tensor: torch.Tensor) -> str:

@@ -203,7 +203,13 @@ def _can_be_passed_over(kept: Kept, place: Place, changed: set[int], then: Journ
     outwards = any(each.in_place and key != kept.left for key, of_place in changes for each in of_place)
     same = not changed or changed.isdisjoint(map(id, kept.entered.module.modules()))
     owner = place.module.owner if isinstance(place.module, Part) else place.module  # of a part it may not have been heard
-    return intact and same and not outwards and not kept.has(place.key) and not kept.has((id(owner), OUTPUT, place.step, 1))
+    return (
+        intact
+        and same
+        and not outwards
+        and not kept.has(place.key)
+        and not kept.has((id(owner), OUTPUT, place.step, place.times))
+    )
 
 
 class State(NamedTuple):
