@@ -5,7 +5,10 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -653,6 +656,58 @@ def test_a_rank_takes_the_turns_that_it_is_told_of_in_their_order_and_none_of_a_
         thread.join(30)
     assert not any(thread.is_alive() for thread in threads)
     assert order == [(2, 0), (1, 0), (3, 0), (2, 1), (1, 1)]
+
+
+class OtherRankHere:
+    """The actor of another rank, whose methods are called on threads of this process."""
+
+    def __init__(self, server):
+        self.server, self.threads = server, ThreadPoolExecutor(32)
+
+    def __getattr__(self, name):
+        from nnsight_eager.remote.together import OtherRank
+
+        method = partial(getattr(OtherRank, name), self.server)
+        return SimpleNamespace(remote=lambda *args: self.threads.submit(method, *args))
+
+
+@pytest.mark.parametrize("goes", ["is cancelled", "has a client that leaves"])
+def test_what_nobody_waits_for_any_more_is_left_out_of_a_pass_on_every_rank(goes, folder, local, monkeypatch):
+    from remote_in_process import client
+
+    from nnsight_eager.remote import functions
+    from nnsight_eager.remote.ranks import First, Follower
+    from nnsight_eager.remote.serving import Server
+    from nnsight_eager.remote.sessions import Limits
+
+    limits, ran = Limits(silence=1e6), {"here": [], "there": []}
+    there = Server(str(folder("gpt2")), "tiny", {}, limits, Follower())
+    first = First([OtherRankHere(there)], lambda doing: [each.result(60) for each in doing], lambda: None)
+    server = Server(str(folder("gpt2")), "tiny", {}, limits, first)
+    together = functions.run_together
+
+    def noting(model, blocks):
+        together(model, blocks)
+        where = "here" if model._module is server._model._module else "there"
+        ran[where].append([(each.owner, each.error) for each in blocks])
+
+    monkeypatch.setattr(functions, "run_together", noting)
+    stays, leaves = client(server, "stays"), client(server, "leaves")
+    waiting = server._functions._passes
+    with waiting._one_at_a_time:
+        one = stays.trace([[1, 2, 3]]).submit(last, 1)
+        other = leaves.trace([[4, 5, 6]]).submit(last, 1)
+        wait_until(lambda: len(waiting._waiting) == 2)
+        if goes == "is cancelled":
+            other.cancel()
+        else:
+            server.leave(leaves._tree.line.session.session)
+    torch.testing.assert_close(one.result(60)[1], traced(local, [[1, 2, 3]], 1)[1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(RunEndedError, match="cancelled" if goes == "is cancelled" else "no sign of life"):
+        other.result(60)
+    assert ran["here"] == ran["there"] == [[("stays#1", None)]]
+    for each in (stays, leaves):
+        each.disconnect()
 
 
 def test_a_turn_within_a_turn_is_the_same_one():

@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 
 from ..batching import Given, joined
+from ..errors import RunEndedError
 from ..invokes import Division
 from ..model import NNsight
 from ..nested import tensors
@@ -32,16 +33,34 @@ class Block:
     """A function that was submitted, and where it is the block of a trace the inputs of that, until it has run."""
 
     def __init__(
-        self, function: Callable[[], Any], inputs: dict[str, Any] | None, edits: list[Any], owner: str, asked: Any
+        self,
+        function: Callable[[], Any],
+        inputs: dict[str, Any] | None,
+        edits: list[Any],
+        owner: str,
+        asked: Any,
+        refuse: Callable[[], None] = lambda: None,
     ) -> None:
-        """`edits` are those of its client, which are of every row of a pass: with any it runs alone. `asked` is how it came."""
+        """`edits` are those of its client, which are of every row of a pass: with any it runs alone.
+
+        `asked` is how it came; `refuse` raises where nobody wants it any more.
+        """
         self.function = function
         self.inputs, self.edits, self.owner, self.asked = inputs, edits, owner, asked
         self.rows = max((len(each) for each in tensors(inputs) if each.dim()), default=1)
         self.form = None if inputs is None or edits else form_of(inputs, self.rows)
         self.done = False
+        self._refuse = refuse
         self.error: BaseException | None = None
         self._value: Any = None
+
+    def is_wanted(self) -> bool:
+        """Whether it is to be run still; where it is not, its error tells why."""
+        try:
+            self._refuse()
+        except RunEndedError as error:
+            self.error = error
+        return self.error is None
 
     def run(self) -> None:
         """As the block: call the function, in context variables of its own, and keep what comes of it."""

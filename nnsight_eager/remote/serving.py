@@ -93,6 +93,7 @@ class Server:
 
     def leave(self, session: int) -> None:
         """The client goes, and what it has here goes with it."""
+        self._sessions.shut(session)  # before other ranks hear of it: nothing begins for this client any more
         with self._ranks.alike("leave", session):
             self._sessions.end(session)
 
@@ -243,7 +244,7 @@ class Server:
 
     def run_pass(self, asked: list[tuple[int, int, Packed]]) -> None:
         """Where rank 0 tells this one to: run the functions that share a pass there."""
-        self._functions.run_pass([(self._sessions[session], job, sent) for session, job, sent in asked])
+        self._functions.run_pass([(self._sessions.or_stranger(session), job, sent) for session, job, sent in asked])
 
     def progress(self, session: int, job: int) -> tuple[int, int, str]:
         """How far a function has come: done, of how much, of what."""
@@ -285,7 +286,7 @@ class Server:
     def _answered(self, session: int, do: Callable[[Session], Any]) -> tuple[str, Any]:
         """What came of doing something for a client."""
         try:
-            found = self._sessions[session]
+            found = self._sessions[session] if self._ranks.answers else self._sessions.or_stranger(session)
         except KeyError:
             return "unknown", None
         try:
