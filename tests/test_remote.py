@@ -567,6 +567,23 @@ def test_a_client_that_is_silent_loses_its_runs_and_handles(folder):
     run._run.open = False  # there is nobody to close it
 
 
+def test_a_run_whose_client_goes_while_it_waits_for_its_first_turn_is_not_kept(folder):
+    from remote_in_process import client, served
+
+    server = served(folder("gpt2"))
+    remote = client(server)
+    session = server._sessions[remote._tree.line.session.session]
+    beginning = threading.Thread(target=lambda: remote.trace(PROMPT).start())
+    with server._turns.of("another"):
+        beginning.start()
+        wait_until(lambda: any(waiting for waiting, _ in server._turns.owners().values()))
+        server.leave(session.number)
+    beginning.join(60)
+    wait_until(lambda: not session.seats and session.queued not in server._turns.owners())
+    assert session.ended == {1: "was closed: its client has given no sign of life"}
+    assert not [name for name in frames_on_other_stacks() if "forward" in name]
+
+
 def test_a_client_that_holds_more_than_it_may_loses_the_run_that_was_too_much(folder):
     from remote_in_process import client, served
 

@@ -163,7 +163,9 @@ class Server:
         if answer.error is not None and answer.at.finished and not seat.run.by_hand:
             self._close(found, message.run, "has ended: its forward pass has failed")
         if isinstance(answer.value, HeldRun):
-            return answer._replace(value=self._forked(found, seat, answer.value, message))
+            answer = answer._replace(value=self._forked(found, seat, answer.value, message))
+        if not found.open:  # it has gone while this waited for its turn: what was seated since has nobody who will close it
+            self._sessions.clear(found)
         return answer
 
     def _in_turn(self, session: Session, seat: Seat, message: Message, call: int) -> Answer:
@@ -186,8 +188,9 @@ class Server:
         assert lane is not None
         lane.runs += 1
         (number,) = message.args
-        session.seats[number] = taken = Seat(lane)
+        taken = Seat(lane)
         taken.run = fork
+        session.seats[number] = taken
         return lane.do(fork.at)  # type: ignore[no-any-return]
 
     def _close(self, session: Session, number: int, why: str) -> None:

@@ -201,6 +201,10 @@ class Sessions:
         if session is None:
             return
         session.open = False
+        self.clear(session)
+
+    def clear(self, session: Session) -> None:
+        """Let go all that a client has who is gone."""
         for run in [*session.seats]:
             self._close(session, run, "was closed: its client has given no sign of life")
         session.refs.clear()
