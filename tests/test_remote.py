@@ -407,6 +407,24 @@ def test_functions_of_several_clients_share_a_pass_and_each_gets_what_it_gets_al
         each.disconnect()
 
 
+def loss(model):
+    return model.output.loss
+
+
+def test_a_loss_is_of_its_own_client_s_rows_alone(server, local, passes, tmp_path):
+    from remote_in_process import client
+
+    clients = [client(server, f"client {number}") for number in range(2)]
+    ids = [torch.tensor([[1, 2, 3, 4]]), torch.tensor([[9, 8, 7, 6]])]
+    with all_waiting(server, clients[0], 2, tmp_path / "go"):
+        futures = [model.trace(each, labels=each).submit(loss) for model, each in zip(clients, ids, strict=True)]
+    for each, future in zip(ids, futures, strict=True):
+        torch.testing.assert_close(future.result(60), local._module(each, labels=each).loss.detach())
+    assert passes == [1, 1, 1]
+    for each in clients:
+        each.disconnect()
+
+
 def fail(model, how):
     hidden = model.transformer.h[1].output
     if how == "raises":

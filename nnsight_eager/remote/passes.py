@@ -5,6 +5,8 @@
 
 Nothing is waited for: while one pass runs others queue, and the next one takes whoever has waited longest and all that fit it.
 They fit where their inputs are of the same shape but for the rows, so that nothing is padded and each sees what it sees alone.
+Whoever gives labels has a pass of its own, since a loss is computed from all rows; another number that a model makes of all
+of them is not divided.
 
 A function that a shared pass has not carried to its end, by whose fault it may be, runs once more alone, and what comes of that
 is what its client gets. So an error is its own client's, and what can only be done alone is done alone.
@@ -27,6 +29,8 @@ from ..trace import Trace
 
 PLAIN: Final = (type(None), bool, int, float, str)
 """Keywords that say how a model computes, and are the same for every row."""
+ALONE: Final = frozenset({"labels", "return_loss", "output_router_logits"})
+"""Inputs with which a model returns a number that it has from all rows, which no client is to get of another's."""
 
 
 class Block:
@@ -129,7 +133,9 @@ class Passes:
 
 
 def form_of(inputs: dict[str, Any], rows: int) -> Hashable:
-    """What has to be the same in inputs that share a pass; `None` where they cannot."""
+    """What has to be the same in inputs that share a pass; `None` where they cannot, as with labels: a loss is of all rows."""
+    if not ALONE.isdisjoint(inputs):
+        return None
     form: list[Hashable] = []
     for name, value in sorted(inputs.items()):
         if isinstance(value, torch.Tensor) and value.dim() and len(value) == rows:
