@@ -1055,6 +1055,30 @@ def test_a_lost_run_is_repeated_as_often_as_is_said_and_then_told_of(remote, mon
     assert "Ray says: for good." in str(caught.value)
 
 
+def test_a_future_whose_server_is_away_is_looked_at_without_waiting_and_runs_when_it_is_back(remote, monkeypatch):
+    line, back, lost = remote._tree.line, threading.Event(), []
+    await_function = line.await_function
+
+    def dies(reference, timeout):
+        if not lost:
+            lost.append(reference)
+            raise nnsight_eager.ServerLostError("gone", "again", name="tiny")
+        return await_function(reference, timeout)
+
+    monkeypatch.setattr(line, "await_function", dies)
+    monkeypatch.setattr(line, "wait_until_back", lambda: back.wait(60))
+    future = remote.submit(lambda model: model.trace([[1, 2, 3]]).result.logits.shape[1], retries=1)
+    assert not future.done()
+    assert future.progress == (0, 0, "")
+    assert repr(future) == "<<lambda> on tiny: 0 of 0>"
+    with pytest.raises(TimeoutError):
+        future.result(timeout=0.01)
+    assert not back.is_set()  # nothing of this has waited for the server
+    back.set()
+    assert future.result(60) == 3
+    assert len(lost) == 1
+
+
 def test_a_run_that_is_over_says_so(remote):
     with remote.trace(PROMPT) as tracer:
         remote.transformer.h[0].output
