@@ -20,7 +20,6 @@ from typing import Any, Final
 import torch
 
 from ..batching import Given, joined
-from ..errors import RunEndedError
 from ..invokes import Division
 from ..model import NNsight
 from ..nested import tensors
@@ -62,7 +61,7 @@ class Block:
         """Whether it is to be run still; where it is not, its error tells why."""
         try:
             self._refuse()
-        except RunEndedError as error:
+        except Exception as error:
             self.error = error
         return self.error is None
 
