@@ -5,7 +5,10 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -404,6 +407,24 @@ def test_functions_of_several_clients_share_a_pass_and_each_gets_what_it_gets_al
         each.disconnect()
 
 
+def loss(model):
+    return model.output.loss
+
+
+def test_a_loss_is_of_its_own_client_s_rows_alone(server, local, passes, tmp_path):
+    from remote_in_process import client
+
+    clients = [client(server, f"client {number}") for number in range(2)]
+    ids = [torch.tensor([[1, 2, 3, 4]]), torch.tensor([[9, 8, 7, 6]])]
+    with all_waiting(server, clients[0], 2, tmp_path / "go"):
+        futures = [model.trace(each, labels=each).submit(loss) for model, each in zip(clients, ids, strict=True)]
+    for each, future in zip(ids, futures, strict=True):
+        torch.testing.assert_close(future.result(60), local._module(each, labels=each).loss.detach())
+    assert passes == [1, 1, 1]
+    for each in clients:
+        each.disconnect()
+
+
 def fail(model, how):
     hidden = model.transformer.h[1].output
     if how == "raises":
@@ -564,6 +585,23 @@ def test_a_client_that_is_silent_loses_its_runs_and_handles(folder):
     run._run.open = False  # there is nobody to close it
 
 
+def test_a_run_whose_client_goes_while_it_waits_for_its_first_turn_is_not_kept(folder):
+    from remote_in_process import client, served
+
+    server = served(folder("gpt2"))
+    remote = client(server)
+    session = server._sessions[remote._tree.line.session.session]
+    beginning = threading.Thread(target=lambda: remote.trace(PROMPT).start())
+    with server._turns.of("another"):
+        beginning.start()
+        wait_until(lambda: any(waiting for waiting, _ in server._turns.owners().values()))
+        server.leave(session.number)
+    beginning.join(60)
+    wait_until(lambda: not session.seats and session.queued not in server._turns.owners())
+    assert session.ended == {1: "was closed: its client has given no sign of life"}
+    assert not [name for name in frames_on_other_stacks() if "forward" in name]
+
+
 def test_a_client_that_holds_more_than_it_may_loses_the_run_that_was_too_much(folder):
     from remote_in_process import client, served
 
@@ -653,6 +691,58 @@ def test_a_rank_takes_the_turns_that_it_is_told_of_in_their_order_and_none_of_a_
         thread.join(30)
     assert not any(thread.is_alive() for thread in threads)
     assert order == [(2, 0), (1, 0), (3, 0), (2, 1), (1, 1)]
+
+
+class OtherRankHere:
+    """The actor of another rank, whose methods are called on threads of this process."""
+
+    def __init__(self, server):
+        self.server, self.threads = server, ThreadPoolExecutor(32)
+
+    def __getattr__(self, name):
+        from nnsight_eager.remote.together import OtherRank
+
+        method = partial(getattr(OtherRank, name), self.server)
+        return SimpleNamespace(remote=lambda *args: self.threads.submit(method, *args))
+
+
+@pytest.mark.parametrize("goes", ["is cancelled", "has a client that leaves"])
+def test_what_nobody_waits_for_any_more_is_left_out_of_a_pass_on_every_rank(goes, folder, local, monkeypatch):
+    from remote_in_process import client
+
+    from nnsight_eager.remote import functions
+    from nnsight_eager.remote.ranks import First, Follower
+    from nnsight_eager.remote.serving import Server
+    from nnsight_eager.remote.sessions import Limits
+
+    limits, ran = Limits(silence=1e6), {"here": [], "there": []}
+    there = Server(str(folder("gpt2")), "tiny", {}, limits, Follower())
+    first = First([OtherRankHere(there)], lambda doing: [each.result(60) for each in doing], lambda: None)
+    server = Server(str(folder("gpt2")), "tiny", {}, limits, first)
+    together = functions.run_together
+
+    def noting(model, blocks):
+        together(model, blocks)
+        where = "here" if model._module is server._model._module else "there"
+        ran[where].append([(each.owner, each.error) for each in blocks])
+
+    monkeypatch.setattr(functions, "run_together", noting)
+    stays, leaves = client(server, "stays"), client(server, "leaves")
+    waiting = server._functions._passes
+    with waiting._one_at_a_time:
+        one = stays.trace([[1, 2, 3]]).submit(last, 1)
+        other = leaves.trace([[4, 5, 6]]).submit(last, 1)
+        wait_until(lambda: len(waiting._waiting) == 2)
+        if goes == "is cancelled":
+            other.cancel()
+        else:
+            server.leave(leaves._tree.line.session.session)
+    torch.testing.assert_close(one.result(60)[1], traced(local, [[1, 2, 3]], 1)[1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(RunEndedError, match="cancelled" if goes == "is cancelled" else "no sign of life"):
+        other.result(60)
+    assert ran["here"] == ran["there"] == [[("stays#1", None)]]
+    for each in (stays, leaves):
+        each.disconnect()
 
 
 def test_a_turn_within_a_turn_is_the_same_one():
@@ -963,6 +1053,30 @@ def test_a_lost_run_is_repeated_as_often_as_is_said_and_then_told_of(remote, mon
         "The actor `tiny` has died, and with it run 3 (`forward`), which had not come to a point."
     )
     assert "Ray says: for good." in str(caught.value)
+
+
+def test_a_future_whose_server_is_away_is_looked_at_without_waiting_and_runs_when_it_is_back(remote, monkeypatch):
+    line, back, lost = remote._tree.line, threading.Event(), []
+    await_function = line.await_function
+
+    def dies(reference, timeout):
+        if not lost:
+            lost.append(reference)
+            raise nnsight_eager.ServerLostError("gone", "again", name="tiny")
+        return await_function(reference, timeout)
+
+    monkeypatch.setattr(line, "await_function", dies)
+    monkeypatch.setattr(line, "wait_until_back", lambda: back.wait(60))
+    future = remote.submit(lambda model: model.trace([[1, 2, 3]]).result.logits.shape[1], retries=1)
+    assert not future.done()
+    assert future.progress == (0, 0, "")
+    assert repr(future) == "<<lambda> on tiny: 0 of 0>"
+    with pytest.raises(TimeoutError):
+        future.result(timeout=0.01)
+    assert not back.is_set()  # nothing of this has waited for the server
+    back.set()
+    assert future.result(60) == 3
+    assert len(lost) == 1
 
 
 def test_a_run_that_is_over_says_so(remote):

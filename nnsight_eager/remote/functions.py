@@ -26,6 +26,8 @@ from .sessions import Session
 
 _job: ContextVar[int | None] = ContextVar("nnsight_eager_job", default=None)
 """The submitted function that this runs in."""
+_shared: ContextVar[bool] = ContextVar("nnsight_eager_shared", default=False)
+"""Whether that is the block of a trace, in a pass that others may share."""
 
 
 class QueuedForward(Forward):
@@ -58,8 +60,8 @@ class Functions:
 
     def turn(self, session: Session) -> Any:
         """A turn of this client, unless it is gone or has cancelled what asks."""
-        refuse_cancelled(session)
-        self._turns.rest(session.queued, partial(refuse_cancelled, session))
+        self._refuse(session)
+        self._turns.rest(session.queued, partial(self._refuse, session))
         return self._turns.of(session.queued)
 
     def _in_turns(self, owner: str) -> AbstractContextManager[None]:
@@ -78,8 +80,8 @@ class Functions:
             self._progress.pop((session.number, job), None)
 
     def run_pass(self, asked: list[tuple[Session, int, Packed]]) -> None:
-        """Run functions that fit each other in one forward pass."""
-        self._run_pass([self._asked(*each) for each in asked])
+        """Run functions that fit each other in one forward pass, as rank 0 does."""
+        self._run_together([self._asked(*each) for each in asked])
 
     def _asked(self, session: Session, job: int, sent: Packed) -> Block:
         """A function that was sent."""
@@ -88,26 +90,44 @@ class Functions:
             sent, device=device_of(model._module), there=partial(session.lookup, model)
         )
         store(model, edits)
-        call = partial(self._called, session, job, partial(function, model, *args, **kwargs))
-        return Block(call, inputs, edits, session.queued, (session.number, job, sent))
+        call = partial(self._called, session, job, inputs is not None, partial(function, model, *args, **kwargs))
+        refuse = partial(refuse_cancelled, session, job)
+        return Block(call, inputs, edits, session.queued, (session.number, job, sent), refuse)
 
     def progress(self, session: int, job: int) -> tuple[int, int, str]:
         """How far a function has come: done, of how much, of what."""
         return self._progress.get((session, job), (0, 0, ""))
 
-    def _called(self, session: Session, job: int, function: Callable[[], Any]) -> Any:
+    def _called(self, session: Session, job: int, shared: bool, function: Callable[[], Any]) -> Any:
         """Call a function, in context variables that are its own."""
         _job.set(job)
-        refuse_cancelled(session)
+        _shared.set(shared)
+        self._refuse(session)
         with listening(partial(self._note, session, job)):
             return function()
 
     def _note(self, session: Session, job: int, done: int, total: int, what: str) -> None:
-        refuse_cancelled(session)
+        if not self._ranks.several:  # else what it reads next is put together by all ranks: it ends at its next turn
+            self._refuse(session)
         self._progress[session.number, job] = done, total, what
 
+    def _refuse(self, session: Session) -> None:
+        """Raise where what asks is not wanted any more.
+
+        Of several ranks the first decides, and the others are told by the turns that a call is not given any more. The turns of
+        a pass are those of all its functions: there it is decided before the pass begins.
+        """
+        if self._ranks.answers and not (self._ranks.several and _shared.get()):
+            refuse_cancelled(session, _job.get())
+
     def _run_pass(self, blocks: list[Block]) -> None:
-        """Run functions that fit each other in one forward pass, in the turns of the one that has waited longest."""
+        """Run functions that fit each other in one forward pass, but for those that nobody wants any more."""
+        wanted = [each for each in blocks if each.is_wanted()]
+        if wanted:
+            self._run_together(wanted)
+
+    def _run_together(self, blocks: list[Block]) -> None:
+        """Run functions in one forward pass, in the turns of the one that has waited longest."""
         owner = blocks[0].owner
 
         def turn() -> Any:
@@ -125,9 +145,9 @@ class Functions:
         return view  # type: ignore[return-value]
 
 
-def refuse_cancelled(session: Session) -> None:
-    """Raise where the client is gone, or has cancelled the function that asks."""
+def refuse_cancelled(session: Session, job: int | None) -> None:
+    """Raise where the client is gone, or has cancelled the function."""
     if not session.open:
         raise RunEndedError("The client that has submitted this function has given no sign of life.")
-    if _job.get() in session.cancelled:
+    if job in session.cancelled:
         raise RunEndedError("The function was cancelled by its client.")

@@ -8,7 +8,9 @@ future.result(timeout=60)
 import contextlib
 import sys
 import sysconfig
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -40,6 +42,8 @@ class Future:
         self._retries = retries
         self._last = Progress(0, 0, "")
         self._outcome: tuple[str, Any] | None = None
+        self._anew: threading.Thread | None = None
+        """Submits the function once more, while the server is not there."""
         self._submit()
 
     def _submit(self) -> None:
@@ -60,7 +64,7 @@ class Future:
     @property
     def progress(self) -> Progress:
         """How far the function has come, as it says itself."""
-        if not self.done():
+        if not self.done() and self._anew is None:
             with contextlib.suppress(ServerLostError):  # which `result` will tell, or repeat
                 found = Progress(*self._line.ask("progress", self._job))
                 self._last = found if found.total else self._last
@@ -71,24 +75,42 @@ class Future:
         self._line.ask("cancel", self._job)
 
     def _awaited(self, timeout: float | None) -> tuple[str, Any]:
-        """What has come of it, and how; raises `TimeoutError`."""
+        """What has come of it, and how; raises `TimeoutError` after so many seconds, however often it was begun anew."""
+        until = None if timeout is None else time.monotonic() + timeout
         while self._outcome is None:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            if self._anew is not None:
+                self._anew.join(left)
+                if self._anew.is_alive():
+                    raise TimeoutError("The function has not ended yet: it waits for its server to be there again.")
+                self._anew = None
+                continue
             try:
-                how, value = self._line.await_function(self._reference, timeout)
+                how, value = self._line.await_function(self._reference, left)
             except ServerLostError as lost:
-                if not self._retries:
-                    how, value = "raised", lost
-                else:
+                if self._retries:
                     self._retries -= 1
-                    self._line.wait_until_back()
-                    self._submit()
-                    continue
+                    self._begin_anew(self._line.wait_until_back)
+                else:
+                    self._outcome = "raised", lost
+                continue
             if how == "unknown":  # the server was started anew before the function came there
-                self._line.forget_session()
-                self._submit()
+                self._begin_anew(self._line.forget_session)
             else:
                 self._outcome = how, value
         return self._outcome
+
+    def _begin_anew(self, first: Callable[[], None]) -> None:
+        """Submit the function once more after `first`, on a thread: whoever only looks does not wait for a server."""
+        self._anew = threading.Thread(target=self._submit_after, args=(first,), daemon=True)
+        self._anew.start()
+
+    def _submit_after(self, first: Callable[[], None]) -> None:
+        try:
+            first()
+            self._submit()
+        except Exception as error:
+            self._outcome = "raised", error
 
     def __repr__(self) -> str:
         return f"<{self._name} on {self._line.name}: {'done' if self.done() else self.progress}>"

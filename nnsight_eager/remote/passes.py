@@ -5,6 +5,8 @@
 
 Nothing is waited for: while one pass runs others queue, and the next one takes whoever has waited longest and all that fit it.
 They fit where their inputs are of the same shape but for the rows, so that nothing is padded and each sees what it sees alone.
+Whoever gives labels has a pass of its own, since a loss is computed from all rows; another number that a model makes of all
+of them is not divided.
 
 A function that a shared pass has not carried to its end, by whose fault it may be, runs once more alone, and what comes of that
 is what its client gets. So an error is its own client's, and what can only be done alone is done alone.
@@ -26,22 +28,42 @@ from ..trace import Trace
 
 PLAIN: Final = (type(None), bool, int, float, str)
 """Keywords that say how a model computes, and are the same for every row."""
+ALONE: Final = frozenset({"labels", "return_loss", "output_router_logits"})
+"""Inputs with which a model returns a number that it has from all rows, which no client is to get of another's."""
 
 
 class Block:
     """A function that was submitted, and where it is the block of a trace the inputs of that, until it has run."""
 
     def __init__(
-        self, function: Callable[[], Any], inputs: dict[str, Any] | None, edits: list[Any], owner: str, asked: Any
+        self,
+        function: Callable[[], Any],
+        inputs: dict[str, Any] | None,
+        edits: list[Any],
+        owner: str,
+        asked: Any,
+        refuse: Callable[[], None] = lambda: None,
     ) -> None:
-        """`edits` are those of its client, which are of every row of a pass: with any it runs alone. `asked` is how it came."""
+        """`edits` are those of its client, which are of every row of a pass: with any it runs alone.
+
+        `asked` is how it came; `refuse` raises where nobody wants it any more.
+        """
         self.function = function
         self.inputs, self.edits, self.owner, self.asked = inputs, edits, owner, asked
         self.rows = max((len(each) for each in tensors(inputs) if each.dim()), default=1)
         self.form = None if inputs is None or edits else form_of(inputs, self.rows)
         self.done = False
+        self._refuse = refuse
         self.error: BaseException | None = None
         self._value: Any = None
+
+    def is_wanted(self) -> bool:
+        """Whether it is to be run still; where it is not, its error tells why."""
+        try:
+            self._refuse()
+        except Exception as error:
+            self.error = error
+        return self.error is None
 
     def run(self) -> None:
         """As the block: call the function, in context variables of its own, and keep what comes of it."""
@@ -110,7 +132,9 @@ class Passes:
 
 
 def form_of(inputs: dict[str, Any], rows: int) -> Hashable:
-    """What has to be the same in inputs that share a pass; `None` where they cannot."""
+    """What has to be the same in inputs that share a pass; `None` where they cannot, as with labels: a loss is of all rows."""
+    if not ALONE.isdisjoint(inputs):
+        return None
     form: list[Hashable] = []
     for name, value in sorted(inputs.items()):
         if isinstance(value, torch.Tensor) and value.dim() and len(value) == rows:

@@ -93,6 +93,7 @@ class Server:
 
     def leave(self, session: int) -> None:
         """The client goes, and what it has here goes with it."""
+        self._sessions.shut(session)  # before other ranks hear of it: nothing begins for this client any more
         with self._ranks.alike("leave", session):
             self._sessions.end(session)
 
@@ -162,7 +163,9 @@ class Server:
         if answer.error is not None and answer.at.finished and not seat.run.by_hand:
             self._close(found, message.run, "has ended: its forward pass has failed")
         if isinstance(answer.value, HeldRun):
-            return answer._replace(value=self._forked(found, seat, answer.value, message))
+            answer = answer._replace(value=self._forked(found, seat, answer.value, message))
+        if not found.open:  # it has gone while this waited for its turn: what was seated since has nobody who will close it
+            self._sessions.clear(found)
         return answer
 
     def _in_turn(self, session: Session, seat: Seat, message: Message, call: int) -> Answer:
@@ -185,8 +188,9 @@ class Server:
         assert lane is not None
         lane.runs += 1
         (number,) = message.args
-        session.seats[number] = taken = Seat(lane)
+        taken = Seat(lane)
         taken.run = fork
+        session.seats[number] = taken
         return lane.do(fork.at)  # type: ignore[no-any-return]
 
     def _close(self, session: Session, number: int, why: str) -> None:
@@ -243,7 +247,7 @@ class Server:
 
     def run_pass(self, asked: list[tuple[int, int, Packed]]) -> None:
         """Where rank 0 tells this one to: run the functions that share a pass there."""
-        self._functions.run_pass([(self._sessions[session], job, sent) for session, job, sent in asked])
+        self._functions.run_pass([(self._sessions.or_stranger(session), job, sent) for session, job, sent in asked])
 
     def progress(self, session: int, job: int) -> tuple[int, int, str]:
         """How far a function has come: done, of how much, of what."""
@@ -285,7 +289,7 @@ class Server:
     def _answered(self, session: int, do: Callable[[Session], Any]) -> tuple[str, Any]:
         """What came of doing something for a client."""
         try:
-            found = self._sessions[session]
+            found = self._sessions[session] if self._ranks.answers else self._sessions.or_stranger(session)
         except KeyError:
             return "unknown", None
         try:

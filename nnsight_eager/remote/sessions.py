@@ -155,9 +155,17 @@ class Sessions:
 
     def open(self, owner: str, number: int | None = None) -> Session:
         """A new client, of the next number."""
-        session = Session(next(self._numbers) if number is None else number, owner)
-        session.model = self._view()
+        session = self._made(next(self._numbers) if number is None else number, owner)
         self._sessions[session.number] = session
+        return session
+
+    def or_stranger(self, number: int) -> Session:
+        """A client; where it has gone, one of its number who has nothing: what rank 0 has begun for it ends everywhere."""
+        return self._sessions.get(number) or self._made(number, "somebody who is gone")
+
+    def _made(self, number: int, owner: str) -> Session:
+        session = Session(number, owner)
+        session.model = self._view()
         return session
 
     def __getitem__(self, number: int) -> Session:
@@ -181,12 +189,22 @@ class Sessions:
                 if not seat.busy and time.monotonic() - seat.touched > self.limits.idle:
                     self._close(session, number, f"was closed: nobody had touched it for {self.limits.idle:g} seconds")
 
+    def shut(self, number: int) -> None:
+        """The client is going: what it waits for does not begin any more."""
+        session = self._sessions.get(number)
+        if session is not None:
+            session.open = False
+
     def end(self, number: int) -> None:
         """The client is gone."""
         session = self._sessions.pop(number, None)
         if session is None:
             return
         session.open = False
+        self.clear(session)
+
+    def clear(self, session: Session) -> None:
+        """Let go all that a client has who is gone."""
         for run in [*session.seats]:
             self._close(session, run, "was closed: its client has given no sign of life")
         session.refs.clear()
