@@ -34,7 +34,6 @@ from ..tracebacks import at_the_users_line
 from ..tree import Envoy
 from ..visits import FIRST, INPUT, NEXT, OUTPUT, Kind, Place, Visit, Which
 from .display import Edits, Locals, Where, idle, model_frame, reached, receipt, shown_value, stale
-from .into import walk_into_code
 from .journal import HeldForward, value_at
 from .left_behind import close_and_say, say
 from .pointing import pointed_at
@@ -118,7 +117,7 @@ class HeldRun(Shown, Trace):
         """
         for _ in range(n):
             run = self._going_on()
-            if (walk_into_code(run, run.at) if into_code and run.at is not None else run.walk()) is None:
+            if (_walk_into_code(run, run.at) if into_code and run.at is not None else run.walk()) is None:
                 break
         return self._arrived()
 
@@ -379,6 +378,12 @@ class HeldRun(Shown, Trace):
             yield Line(f"  {one_line(shown_value(at))}")
         if self._found:
             yield Line(f"  {self._found}")
+
+
+def _walk_into_code(run: Run, visit: Visit) -> Visit | None:
+    from .into import walk_into_code  # with a debugger, which few need
+
+    return walk_into_code(run, visit)
 
 
 def forked(trace: Trace, recording: Recording, at: Visit, keep: bool) -> HeldRun:
