@@ -270,8 +270,8 @@ def test_another_method_is_traced_with_what_it_is_given(gpt2):
 
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), gpt2.trace(ids, fn=forward_twice) as tracer:
-        first = gpt2.transformer.h[0].output
-        second = gpt2.transformer.h[0].next().output
+        first = gpt2.transformer.h[0].hidden
+        second = gpt2.transformer.h[0].next().hidden
     with torch.no_grad():
         expected = gpt2._module(gpt2._module(ids).logits.argmax(-1)).logits
     assert tracer.result.equal(expected)
