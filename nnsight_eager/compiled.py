@@ -69,10 +69,7 @@ class Eagerly:
         module, forward = tap.module, own_forward(tap.module)
         as_written = written_function(forward)
         if as_written is not forward:
-            innermost = tap  # another run may have a tap between
-            while isinstance(innermost._original, Tap):
-                innermost = innermost._original
-            innermost.__wrapped__ = as_written
+            tap.innermost().__wrapped__ = as_written  # another run may have a tap between
             return True
         self._aside.append(module)  # noted first: Ctrl-C may come in between
         if put_aside(module, CALL, self):

@@ -38,9 +38,8 @@ Frames = tuple[tuple[int, int], ...]
 
 # The open runs of this context, outermost first, each with the frames that opened it. Weak: a run that is left behind is freed.
 _entered: ContextVar[tuple[tuple[weakref.ref[Any], Frames], ...]] = ContextVar("nnsight_eager_runs", default=())
-
-
 CONTEXTLIB: Final = contextlib.__dict__
+"""The globals of the frames that stand between a context manager of the user's and what uses it."""
 
 
 class _Held(threading.local):

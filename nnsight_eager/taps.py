@@ -234,10 +234,9 @@ def put_innermost(tap: Tap, stack: Any) -> None:
         if not isinstance(outer, Tap) or outer.module is not tap.module:
             tap._stand_in_front()
         else:
-            while isinstance(outer._original, Tap):
-                outer = outer._original
-            tap._original, tap.__wrapped__ = outer._original, outer.__wrapped__
-            outer._original = outer.__wrapped__ = tap
+            above = outer.innermost()
+            tap._original, tap.__wrapped__ = above._original, above.__wrapped__
+            above._original = above.__wrapped__ = tap
 
 
 def _without_silent(own: dict[str, Any]) -> None:
@@ -249,8 +248,8 @@ def _without_silent(own: dict[str, Any]) -> None:
 def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
     """The module's forward below all taps."""
     forward = module.__dict__.get("forward", ABSENT)
-    while isinstance(forward, Tap):
-        forward = forward._original
+    if isinstance(forward, Tap):
+        forward = forward.innermost()._original
     return _forward_of_class(module) if forward is ABSENT else forward
 
 

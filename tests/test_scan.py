@@ -87,15 +87,16 @@ def test_a_map_lists_the_modules_in_the_order_they_begin(model):
     assert "unused" not in text
 
 
+class Twice(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.lin(self.lin(x))
+
+
 def test_a_map_counts_visits():
-    class Twice(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lin = torch.nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.lin(self.lin(x))
-
     assert NNsight(Twice()).map(X4)["lin"].visits == 2
 
 
@@ -147,13 +148,5 @@ def test_a_map_shows_visits_where_a_module_is_visited_more_than_once_and_counts_
     found = model.map(X4)
     assert len(found) == 8
     assert "visits" not in repr(found)
-
-    class Twice(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lin = torch.nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.lin(self.lin(x))
 
     assert repr(NNsight(Twice()).map(X4)).splitlines()[0].split()[-1] == "visits"
