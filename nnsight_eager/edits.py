@@ -12,7 +12,7 @@ An edit runs once in every step of every trace and generation, before invokes an
 import weakref
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,8 @@ from .errors import NotReachedError
 from .names import Names, alone
 from .paths import spelled
 from .shared import SharedRun
+
+Given = TypeVar("Given")
 
 
 class Edit:
@@ -36,14 +38,21 @@ class Edit:
         self._stored = stored
         self._program: Callable[[], Callable[[], Any]] = lambda: _nothing
 
-    def store(self, label: str, program: Callable[[], Callable[[], Any]], settings: tuple[Any, ...] = ()) -> "Edit":
+    def store(
+        self, label: str, program: Callable[[], Callable[[], Any]], settings: tuple[Any, ...] = (), *, gives: Given
+    ) -> Given:
         """Have every run from here on begin with it; `program` gives what is to be run in a step.
 
-        `settings` are what tells it from another of the same label: numbers and tensors.
+        `settings` are what tells it from another of the same label: numbers and tensors. Returns what it `gives`: whoever calls
+        this hands it on as it is, so that Ctrl-C never leaves an edit that nobody can take away.
         """
         self.label, self._program, self.settings = label, program, settings
-        self._stored.append(self)
-        return self
+        try:
+            self._stored.append(self)
+            return gives
+        except BaseException:
+            self.remove()
+            raise
 
     def body(self, run: SharedRun) -> Body:
         """The edit as a body of one run: its program in every step."""
@@ -96,8 +105,7 @@ class EditBlock(Captured):
 
     def __call__(self, function: Callable[[], Any]) -> Any:
         """Have `function`, called without arguments, be the block: `@model.edit(inplace=True)`."""
-        self._edit.store(label_of(function), lambda: function)
-        return self._target
+        return self._edit.store(label_of(function), lambda: function, gives=self._target)
 
     def _entered(self) -> Any:  # pragma: no cover: called where nothing is traced until the user's frame goes on
         return self._target
@@ -108,7 +116,8 @@ class EditBlock(Captured):
         names = Names(block, frame, alone, "an edit")
         names.leave_frame()
         label = f"edit ({frame.f_code.co_filename}, line {block.code.co_firstlineno})"
-        self._edit.store(label, lambda: names.again().run).is_block = True
+        self._edit.is_block = True
+        self._edit.store(label, lambda: names.again().run, gives=None)
 
 
 def label_of(function: Callable[[], Any]) -> str:

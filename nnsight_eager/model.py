@@ -152,9 +152,8 @@ class NNsight(Envoy):
         """
         at = self._place(layer, "steer")
         label = f"steer `{spelled(at._path)}`"
-        return Edit(self._tree.edits).store(
-            label, lambda: lambda: steer(at, vector, scale, positions), (vector, scale, positions)
-        )
+        edit, settings = Edit(self._tree.edits), (vector, scale, positions)
+        return edit.store(label, lambda: lambda: steer(at, vector, scale, positions), settings, gives=edit)
 
     def ablate(self, layer: Envoy | str, value: Any = 0, positions: Positions = None) -> Edit:
         """Replace what a module gives by a constant in every run from here on.
@@ -169,7 +168,8 @@ class NNsight(Envoy):
             raise EditError(f"`ablate` was given {value!r}.", 'Give a number, a tensor or `"mean"`.')
         at = self._place(layer, "ablate")
         label = f"ablate `{spelled(at._path)}`"
-        return Edit(self._tree.edits).store(label, lambda: lambda: ablate(at, value, positions), (value, positions))
+        edit, settings = Edit(self._tree.edits), (value, positions)
+        return edit.store(label, lambda: lambda: ablate(at, value, positions), settings, gives=edit)
 
     def _place(self, given: Any, given_to: str) -> Any:
         """The place that an envoy, an operation or a path is."""

@@ -178,6 +178,26 @@ def test_ctrl_c_at_any_line_while_a_forward_runs_rewritten(x):
     interrupt_everywhere(model, x, one_trace)
 
 
+@pytest.mark.parametrize("made_by", ["edit", "steer", "ablate"])
+def test_ctrl_c_leaves_no_edit_that_nobody_can_take_away(model, made_by):
+    def make():
+        if made_by == "edit":
+            return model.edit(lambda: model[0].output, inplace=True)
+        return model.steer(block, torch.ones(3)) if made_by == "steer" else model.ablate(block)
+
+    block = model[0]
+    make().remove()
+    for line in range(1, 1000):
+        with interrupted_at(line) as interrupted, contextlib.suppress(KeyboardInterrupt):
+            made = make()
+        if not interrupted:
+            break
+        assert not model._tree.edits, interrupted
+    assert line > 5
+    made.remove()
+    assert not model._tree.edits
+
+
 @pytest.mark.filterwarnings("ignore:.*is compiled:UserWarning")
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this platform has no timers")
 def test_ctrl_c_at_any_line_leaves_a_compiled_module_compiled(x):

@@ -287,7 +287,7 @@ class ServedRun:
 def store(model: NNsight, edits: list[StoredEdit]) -> None:
     """Have every run of `model` begin with these edits."""
     for label, program, settings in edits:
-        Edit(model._tree.edits).store(label, program, settings)
+        Edit(model._tree.edits).store(label, program, settings, gives=None)
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
