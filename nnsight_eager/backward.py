@@ -27,6 +27,7 @@ from .coroutine import Coroutine, current_stack, without_our_frames
 from .entering import enters_call_of, is_entered
 from .errors import EditError, NotReachedError, OutOfOrderError, OutsideTraceError, RunEndedError, RunError
 from .nested import as_where_made, described
+from .snapshots import snapshot
 
 _open: Final[ContextVar[tuple["Backward", ...]]] = ContextVar("nnsight_eager_backward_passes", default=())
 """The blocks that are open in this context, on whatever stack: tasks share a stack, and bodies of a trace a context."""
@@ -47,7 +48,7 @@ class Arrival:
         there = self.gradients[number]
         if there is not None and number not in self._own:
             with as_where_made(there):
-                self.write(number, there.clone())
+                self.write(number, snapshot(there))
         return self.gradients[number]
 
     def write(self, number: int, value: torch.Tensor | None) -> None:

@@ -21,6 +21,7 @@ from .folding import folded
 from .nested import copied, described, first_tensor, tensors
 from .paths import near, spelled
 from .shown import Column, Grid, Line, Part, Shown
+from .snapshots import snapshot
 from .summaries import one_line
 from .visits import OUTPUT, Visit
 
@@ -71,7 +72,8 @@ class Keep(NamedTuple):
         if self.detach:
             tensor = tensor.detach()
         dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.to(self.device, dtype, copy=True)
+        moved = tensor.to(self.device, dtype)
+        return snapshot(tensor) if moved is tensor else moved
 
 
 class Cache(Shown):

@@ -18,6 +18,7 @@ from .batching import Factors, Rows
 from .bodies import Asker
 from .errors import EditError
 from .nested import as_where_made, mapped, tensors
+from .snapshots import snapshot
 from .visits import OUTPUT, Visit
 
 State = list[tuple[int, int]]
@@ -76,7 +77,7 @@ class Account:
             if rows is None or not tensor.stride(0):
                 if key not in self.copies:
                     own = tensor if rows is None else tensor[rows]
-                    self.copies[key] = Copy(tensor, own.clone(), rows, point())
+                    self.copies[key] = Copy(tensor, snapshot(own), rows, point())
                 return self.copies[key].copy
             if key not in self.views:
                 self.views[key] = View(tensor, rows, tensor[rows])

@@ -12,6 +12,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from ..snapshots import snapshot
+
 BY_REFERENCE: Final = (
     torch.nn.Module,
     torch.dtype,
@@ -69,7 +71,7 @@ def frozen(value: Any) -> Frozen | None:
 def _cloned(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with the gradient of what it is copied from, whatever mode is on where it is made."""
     with torch.inference_mode(False), torch.set_grad_enabled(tensor.requires_grad):
-        return tensor.clone()
+        return snapshot(tensor)
 
 
 def put_into(target: Any, source: Any) -> None:

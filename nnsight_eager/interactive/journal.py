@@ -15,6 +15,7 @@ import torch
 
 from ..inside import Part
 from ..nested import described, first_tensor, mapped, small_tensors, tensors
+from ..snapshots import snapshot
 from ..visits import INPUT, OUTPUT, Forward, Kind, Place, Visit
 from .frozen import BY_REFERENCE, Frozen, frozen
 from .random_numbers import Random
@@ -97,7 +98,7 @@ class Paused:
         self._value = value_at(visit)
         self._tensors = [*tensors(self._value)]
         self._versions = _versions(self._tensors)
-        self._copies = [each.detach().clone() for each in small_tensors(self._value)]
+        self._copies = [snapshot(each.detach()) for each in small_tensors(self._value)]
 
     def handed(self) -> dict[int, Handed]:
         """The tensors that are read here, by identity."""
@@ -141,7 +142,7 @@ class Paused:
         """A change to `value`, of which these tensors were replaced and these changed in place."""
         size = float("inf") if rebuilt else _size(self._copies, [*small_tensors(value)])
         node = next((each.grad_fn for n, each in enumerate(tensors(value)) if n in replaced | in_place or rebuilt), None)
-        value = mapped(value, torch.clone)
+        value = mapped(value, snapshot)
         return Changed(
             self.place, value, replaced, in_place, rebuilt, skipped, described(self._value), described(value), size, node
         )

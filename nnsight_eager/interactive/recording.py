@@ -23,6 +23,7 @@ from ..inside import Part
 from ..nested import mapped, tensors
 from ..paths import spelled
 from ..run import Call, Run
+from ..snapshots import snapshot
 from ..visits import INPUT, OUTPUT, Forward, Place, Visit
 from .frozen import put_into
 from .journal import Changed, HeldForward, Journal, Kept, Key, objects_of, value_at
@@ -162,7 +163,7 @@ class Recording:
 
     def change(self, run: Run, visit: Visit, changed: Changed, earlier: "Recording") -> None:
         """Change a value as it was changed before, by the line that has done it."""
-        value = mapped(changed.value, torch.clone)
+        value = mapped(changed.value, snapshot)
         if changed.skipped:
             run.leave_out(visit, value)
         elif changed.rebuilt:

@@ -1,0 +1,23 @@
+"""Keep what a tensor holds now; nothing is copied before somebody writes.
+
+kept = snapshot(hidden)      # takes no memory and, whatever the size, a microsecond
+hidden *= 0                  # torch copies here, and `kept` has what was there
+"""
+
+import torch
+
+
+def snapshot(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor.clone()`, put off until the tensor, the copy or a view of one is written (torch's copy-on-write storages).
+
+    Copied at once: part of a larger tensor, which would keep all of it; a module's own parameter, which is to stay where it
+    is; and what is not plain memory of this process. What writes past torch is not noticed: numpy, in an array that it had of
+    the tensor before.
+    """
+    if type(tensor) is torch.Tensor and tensor.is_cpu:
+        try:
+            if tensor.untyped_storage().nbytes() == tensor.nbytes:
+                return torch._lazy_clone(tensor)
+        except RuntimeError:  # sparse, mapped from a file, batched by `vmap`
+            pass
+    return tensor.clone()
