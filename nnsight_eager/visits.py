@@ -303,6 +303,12 @@ class RootVisit(Visit):
 
     __slots__ = ()
 
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """One forward pass: in a generation without gradients, though the code of the trace runs with them."""
+        if current_stack() is self.stack:
+            self.forward.differentiable = grad_enabled() or is_in_checkpoint(sys._getframe(1))
+        return Visit.__call__(self, *args, **kwargs)
+
     def _enter(self, forward: Forward) -> None:
         """A step's forward pass begins."""
         if forward.stop_at == forward.step:
@@ -323,13 +329,20 @@ class RootVisit(Visit):
 
 def refuse_in_checkpoint(frame: FrameType | None, point: Callable[[], str]) -> None:
     """Raise where the forward at `frame` will be computed again for its gradient, without the edit."""
+    if is_in_checkpoint(frame):
+        raise EditError(
+            f"`{point()}` is inside gradient checkpointing: its forward is computed again for the gradient, unedited.",
+            "Call `gradient_checkpointing_disable()` on the model first, or edit the checkpointed module as a whole.",
+        )
+
+
+def is_in_checkpoint(frame: FrameType | None) -> bool:
+    """Whether what runs at `frame` will be computed again for its gradient."""
     while frame is not None:
         if frame.f_globals is CHECKPOINTING:
-            raise EditError(
-                f"`{point()}` is inside gradient checkpointing: its forward is computed again for the gradient, unedited.",
-                "Call `gradient_checkpointing_disable()` on the model first, or edit the checkpointed module as a whole.",
-            )
+            return True
         frame = frame.f_back
+    return False
 
 
 def versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

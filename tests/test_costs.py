@@ -100,6 +100,21 @@ def test_traces_within_each_other_use_the_same_stacks_again(model):
     assert stacks == stacks[:1] * 3
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_read_looks_at_no_tensor_of_the_value_where_the_model_runs_without_gradients_itself(model, monkeypatch, gradients):
+    looked_at = []
+    monkeypatch.setattr("nnsight_eager.visits.tensors", lambda value: looked_at.append(value) or [])
+
+    @torch.no_grad()
+    def generate(x):
+        return model._module(x)
+
+    with torch.set_grad_enabled(gradients), model.trace(X, fn=generate):
+        for layer in model:
+            _ = layer.output
+    assert not looked_at
+
+
 def test_the_first_trace_goes_over_the_model_a_few_times_and_not_once_for_each_module(monkeypatch):
     module = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(50)])
     passes, named_modules = [], torch.nn.Module.named_modules
