@@ -13,6 +13,9 @@ from typing import Any, Final
 
 import torch
 
+PLAIN: Final = frozenset({type(None), bool, int, float, str, torch.Tensor, torch.Size, torch.dtype, torch.device})
+"""Types that hold nothing further, told by a look-up: most of what is met is of them."""
+
 Where = Callable[[torch.Tensor], slice | None]
 """Tells the rows of an invoke in a tensor; `None` where it has none of its own."""
 
@@ -42,6 +45,8 @@ def is_struct(value: Any) -> bool:
 
 def items(value: Any) -> list[tuple[Any, Any]]:
     """What a container holds, by key; nothing for a tensor or a plain value."""
+    if type(value) in PLAIN:
+        return []
     if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, (tuple, list)):
@@ -65,8 +70,11 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
     """Every tensor in `value`, in order."""
     if isinstance(value, torch.Tensor):
         yield value
-    else:
-        for _, item in items(value):
+        return
+    for _, item in items(value):
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif type(item) not in PLAIN:
             yield from tensors(item)
 
 

@@ -167,7 +167,7 @@ class Journal:
         self.forms: dict[int, tuple[torch.Size, torch.dtype]] = {}  # of what each module has given
         self.stale: dict[Key, Stale] = {}
         self._handed: dict[int, Handed] = {}
-        self._out: list[tuple[Handed, torch.Tensor, list[int]]] = []
+        self._out: list[tuple[Handed, torch.Tensor, int]] = []
 
     def come_next(self) -> Random:
         """The random numbers to go on with: those it was paused with, whatever other held runs have drawn meanwhile.
@@ -218,8 +218,8 @@ class Journal:
         changes = self.paused.changes()
         if changes:
             self.changes[self.paused.place.key] = changes
-        for (place, _), tensor, (version,) in self._out:
-            if _versions([tensor]) != [version] and not self.paused.shares_memory_with(tensor):
+        for (place, _), tensor, version in self._out:
+            if _version(tensor) != version and not self.paused.shares_memory_with(tensor):
                 self.stale[place.key] = Stale(place, described(tensor))
 
     def lead(self, begun_with: Random) -> None:
@@ -236,7 +236,7 @@ class Journal:
         """The run is paused here; the model has gone on from what was read before."""
         self.paused = Paused(visit)
         alive = [(each, each.tensor()) for each in self._handed.values()]
-        self._out = [(each, tensor, _versions([tensor])) for each, tensor in alive if tensor is not None]
+        self._out = [(each, tensor, _version(tensor)) for each, tensor in alive if tensor is not None]
         self._handed = {id(tensor): each for each, tensor, _ in self._out}
 
     def go_on(self) -> None:
@@ -337,9 +337,13 @@ def value_at(visit: Visit) -> Any:
     return visit.value if visit.kind is OUTPUT or visit.skipped else (visit.args, visit.kwargs)
 
 
+def _version(tensor: torch.Tensor) -> int:
+    """How often it has been changed in place; without a record, as under inference mode, always the same."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _versions(values: list[torch.Tensor]) -> list[int]:
-    """How often each has been changed in place; without a record, as under inference mode, always the same."""
-    return [0 if each.is_inference() else each._version for each in values]
+    return [*map(_version, values)]
 
 
 def _size(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
