@@ -62,8 +62,12 @@ def memory(way: Way) -> Memory:
     for event in events:
         now += event.nbytes()
         peak = max(peak, now)
-    storages = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors_in(answer)}
-    return Memory(peak, sum(storages.values()))
+    return Memory(peak, sum({address(each): each.untyped_storage().nbytes() for each in tensors_in(answer)}.values()))
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Where its memory begins: the same of a view, and of a copy that nobody has written yet."""
+    return torch._C._data_address(tensor) - tensor.storage_offset() * tensor.element_size()
 
 
 def tensors_in(value: Any, met: set[int] | None = None) -> Iterator[torch.Tensor]:
