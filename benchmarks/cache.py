@@ -3,7 +3,8 @@
 python benchmarks/cache.py [--quick]
 
 Plain hooks copy what they keep, and our cache does where somebody writes it; the others keep references, which a model's later
-edits in place would change. transformer-lens runs GPT-2 by modules of its own, which have more places; torchlens keeps every operation.
+edits in place would change. transformer-lens runs GPT-2 by modules of its own, which have more places; torchlens keeps every
+operation.
 """
 
 from collections.abc import Iterator
