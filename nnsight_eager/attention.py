@@ -25,6 +25,8 @@ NAME: Final = "nnsight_eager"
 """Under this name transformers finds our attention function."""
 
 _lock: Final = threading.Lock()
+# The patterns in use by the identity of their owners, which they hold: every operation of a rewritten forward looks here.
+_explicit: Final[dict[int, "AttentionPattern"]] = {}
 
 
 class AttentionPattern(Part):
@@ -147,6 +149,7 @@ class Explicit:
                 # Not through the property, which would set the parts of a composed configuration too.
                 vars(config).update(_attn_implementation_internal=NAME, nnsight_eager_pattern=pattern)
                 pattern.configured = pattern.owner.config
+                _explicit[id(pattern.owner)] = pattern
                 exchange(pattern.owner, "config", config)
 
     def hear(self, part: Part, ear: Any) -> None:
@@ -167,6 +170,7 @@ class Explicit:
             pattern.users.discard(self)
             if not pattern.users and pattern.configured is not None:
                 exchange(pattern.owner, "config", pattern.configured)
+                _explicit.pop(id(pattern.owner), None)
                 pattern.configured = None
 
 
@@ -190,7 +194,7 @@ def in_place_of(function: Any, owner: torch.nn.Module) -> Any:
 
     The explicit attention, where the pattern was asked for after the forward had looked its attention function up.
     """
-    pattern = getattr(vars(owner).get("config"), "nnsight_eager_pattern", None)
+    pattern = _explicit.get(id(owner))
     return explicit_attention if pattern is not None and pattern.owner is owner and _is_attention(function) else function
 
 

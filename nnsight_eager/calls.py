@@ -58,13 +58,14 @@ OVER: Final = 2
 class RunCalls:
     """What one run has the rewritten code of one function call, in the place of its operations."""
 
-    __slots__ = ("_begun", "_ears", "_inside", "_last", "_late", "_owner", "_path")
+    __slots__ = ("_begun", "_ears", "_heard", "_inside", "_last", "_late", "_owner", "_path")
 
     def __init__(self, owner: torch.nn.Module, path: str) -> None:
         self._owner = owner
         self._path = path
         self._ears: dict[str, Visit] = {}
         self._inside: dict[str, RunCalls] = {}
+        self._heard: set[str] = set()  # where there is an ear, or one inside; the others are to cost little
         self._begun: dict[str, State] | None = None  # what the call in progress has come by
         self._last: dict[str, State] | None = None  # what the last one had come by; `None` where none was heard
         self._late: set[str] = set()  # what it had come by before anyone heard that
@@ -76,10 +77,11 @@ class RunCalls:
             if self._begun is not None and name in self._begun:
                 self._late.add(name)
             self._ears[name] = ear
-            return
-        if name not in self._inside:
-            self._inside[name] = RunCalls(self._owner, f"{self._path}.{name}.source")
-        self._inside[name].hear(tuple(rest), ear)
+        else:
+            if name not in self._inside:
+                self._inside[name] = RunCalls(self._owner, f"{self._path}.{name}.source")
+            self._inside[name].hear(tuple(rest), ear)
+        self._heard.add(name)
 
     def passed(self, names: tuple[str, ...], begun: bool, entering: bool, further: bool) -> bool:
         """Whether it is too late to ask for the operation of these names in the call in progress, if one has `begun`."""
@@ -119,12 +121,18 @@ class RunCalls:
         begun = self._begun
         if begun is None:
             begun = {}
-        begun[name] = AHEAD
-        ear = self._ears.get(name)
         try:
-            if ear is not None and current_stack() is ear.stack:
-                return _hear(ear, partial(self._call, name, function), args, kwargs)
-            value = self._call(name, function, *args, **kwargs)
+            if name not in self._heard:
+                begun[name] = CALLED
+                value = in_place_of(function, self._owner)(*args, **kwargs)
+                if name not in self._heard:
+                    return value
+            else:
+                begun[name] = AHEAD
+                ear = self._ears.get(name)
+                if ear is not None and current_stack() is ear.stack:
+                    return _hear(ear, partial(self._call, name, function), args, kwargs)
+                value = self._call(name, function, *args, **kwargs)
             ear = self._ears.get(name)
             if ear is None or current_stack() is not ear.stack or ear.stop_before or not ear.stop_after:
                 return value
@@ -150,7 +158,11 @@ class RunCalls:
 
     def assigned(self, name: str, value: Any) -> Any:
         """The operation `name`, which gives a variable its value."""
-        return self(name, _itself, value)
+        if name in self._heard:
+            return self(name, _itself, value)
+        if self._begun is not None:
+            self._begun[name] = OVER
+        return value
 
     def own(self, names: Any) -> Any:
         """What `locals()`, `vars()` or `dir()` lists in the function as it is written."""
