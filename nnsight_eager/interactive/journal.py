@@ -263,10 +263,12 @@ class Journal:
         # Of a part whose output alone was asked for nobody has heard that it began.
         heard = bool(self.going) and self.going[-1].visit is visit
         going = self.going.pop() if heard else Going(visit, place)
+        if not self.keep:
+            return
         going.inside[id(visit.module)] = place
         if self.going:
             self.going[-1].inside.update(going.inside)
-        if self.keep and heard:
+        if heard:
             self._keep(visit, going)
 
     def _keep(self, visit: Visit, going: Going) -> None:
