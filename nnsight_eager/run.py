@@ -35,7 +35,6 @@ from .visits import (
     Visit,
     Watcher,
     Which,
-    refuse_in_checkpoint,
 )
 
 
@@ -260,7 +259,7 @@ class Run:
 
     def replace(self, visit: Visit, value: Any, path: str) -> None:
         """Have the model go on with `value`, an output or a pair `(args, kwargs)`, at the visit it is paused at."""
-        self._check_edit(visit.kind, path)
+        self._forward.check_edit(lambda: spelled(path, visit.kind))
         if visit.kind is OUTPUT:
             before, visit.value = visit.value, value
         else:
@@ -270,14 +269,9 @@ class Run:
 
     def skip(self, visit: Visit, value: Any, path: str) -> None:
         """Leave out the forward of the module the model is about to enter, and go on with `value` as its output."""
-        self._check_edit("skip", path)
+        self._forward.check_edit(lambda: spelled(path, "skip"))
         self.leave_out(visit, value)
         self.changes.append(change(path, "skip", self.step, None, value))
-
-    def _check_edit(self, kind: str, path: str) -> None:
-        """Refuse an edit that a computation of the gradient would not know of."""
-        if self._forward.in_doubt:
-            refuse_in_checkpoint(self._forward.frame, lambda: spelled(path, kind))
 
     def leave_out(self, visit: Visit, value: Any) -> None:
         """Have the model go on with `value` in place of calling the module it is about to enter."""

@@ -86,6 +86,11 @@ class Forward(Coroutine):
         """Pause before this step, or before none."""
         self.stop_at, self.watched = step, step is not None or self.order is not None
 
+    def check_edit(self, point: Callable[[], str]) -> None:
+        """Refuse an edit, where it is paused, that a computation of the gradient would not know of."""
+        if self.in_doubt:
+            refuse_in_checkpoint(self.frame, point)
+
 
 class Applied:
     """A module that a body applies to something in the model's forward pass, where it is heard, and not on its own stack."""
