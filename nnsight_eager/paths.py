@@ -54,7 +54,7 @@ def example(paths: Iterable[str]) -> str:
 
 def in_every_layer(path: str) -> str:
     """The path with `*` for the number of the layer: `transformer.h.*.mlp`."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path, count=1)
 
 
 def matching(

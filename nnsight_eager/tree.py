@@ -291,7 +291,8 @@ class Envoy(Points):
             such_as = in_every_layer(example(shown))
             raise PathError(
                 f"`{path}` names no module of `{kind}`{near(path, [*own, *shown])}",
-                "Give envoys, or paths as in `print(model)`, with `*` for any one name" + (f": `{such_as}`." if such_as else "."),
+                "Give envoys, or paths as in `print(model)`, with `*` for any one name"
+                + (f": `{such_as}`." if such_as else "."),
             )
         return found
 

@@ -281,6 +281,7 @@ MAY_IMPORT = {
         "interactive.display",
         "interactive.held",
         "interactive.predicates",
+        "paths",
         "tracebacks",
         "visits",
     },
