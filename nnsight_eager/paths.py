@@ -6,6 +6,7 @@ spelled("transformer.h.2", "output")             # "model.transformer.h[2].outpu
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -42,6 +43,18 @@ def near(name: str, names: Iterable[str]) -> str:
     """The end of a sentence that refuses `name`: what it may have been meant for."""
     close = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3)
     return f"; did you mean {' or '.join(f'`{each}`' for each in close)}?" if close else "."
+
+
+def example(paths: Iterable[str]) -> str:
+    """A path that says most of how these are written: of a module in a layer, of its MLP where it has one."""
+    written = [path for path in paths if path]
+    of_layers = [path for path in written if re.search(r"(^|\.)\d+\.\w+$", path)]
+    return next((path for path in of_layers if path.endswith(".mlp")), next(iter(of_layers or written), ""))
+
+
+def in_every_layer(path: str) -> str:
+    """The path with `*` for the number of the layer: `transformer.h.*.mlp`."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path, count=1)
 
 
 def matching(

@@ -24,6 +24,7 @@ from .nested import described, first_tensor, with_first_tensor
 from .paths import PATTERN, spelled
 from .run import Run
 from .tracebacks import at_the_users_line
+from .tuples import refuse_tensor_for
 from .visits import FIRST, INPUT, OUTPUT, Kind, Visit, Which
 
 S = TypeVar("S", bound="Points")
@@ -78,7 +79,9 @@ class Points:
     @output.setter
     @at_the_users_line
     def output(self, value: Any) -> None:
-        self._run().replace(self._visit(OUTPUT), value, self._path)
+        visit = self._visit(OUTPUT)
+        refuse_tensor_for(visit.value, value, self._path)
+        self._run().replace(visit, value, self._path)
 
     @property
     def input(self) -> torch.Tensor:

@@ -22,6 +22,7 @@ from .lending import Lending, held
 from .paths import spelled
 from .run import Call, Run, Stop
 from .share import Share
+from .tuples import explain
 from .visits import FIRST, INPUT, NEXT_IN_STEP, OUTPUT, Forward, Kind, Place, Visit, Which
 from .waiting import Waiting
 
@@ -288,6 +289,9 @@ class SharedRun(Run):
             if stop.run is not self:
                 raise
             self._left_early += 1
+        except Exception as error:
+            explain(error, self)
+            raise
         finally:
             self._running = before
 

@@ -30,6 +30,7 @@ from .shared import SharedRun
 from .steps import Steps
 from .tracebacks import at_the_users_line
 from .tree import Envoy, Tree
+from .tuples import explain
 from .visits import Forward, Watcher
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class Trace(OneOfRanks):
                 leave(run)
                 run.close()
             return False
+        explain(error, run)
         leave(run)
         try:
             run.close()
@@ -167,9 +169,7 @@ class Trace(OneOfRanks):
         own. Raises `InvokeError` where a block cannot run elsewhere (it has a `return`, or no source).
         """
         if rows not in (..., None):
-            raise InvokeError(
-                f"`rows={rows!r}` is not known.", "`rows=None` lets the invoke see all rows; leave it away otherwise."
-            )
+            raise InvokeError(f"`rows={rows!r}` is not known.", "`rows=None` lets the invoke see all rows; else leave it out.")
         if self._invokes is None:
             self._divide(opening_frames())
         function = inputs[-1] if inputs and callable(inputs[-1]) and not isinstance(inputs[-1], torch.nn.Module) else None

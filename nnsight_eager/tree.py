@@ -17,7 +17,7 @@ from .ears import Memory
 from .errors import EditError, NnsightEagerError, PathError, SourceError
 from .further import AtNextVisit
 from .outline import Outline, Row, Seen
-from .paths import matching, near, spelled
+from .paths import example, in_every_layer, matching, near, spelled
 from .points import Points
 from .run import Run
 from .source import Source, source_of
@@ -287,9 +287,12 @@ class Envoy(Points):
         path = str(each)
         found = matching(self._module, path, aliases.at) or matching(self._module, path.removeprefix("model."), aliases.at)
         if not found:
+            shown = [aliases.shown(each) for each in own]
+            such_as = in_every_layer(example(shown))
             raise PathError(
-                f"`{path}` names no module of `{kind}`{near(path, [*own, *map(aliases.shown, own)])}",
-                "Give envoys, or paths as in `print(model)`, with `*` for any one name: `transformer.h.*.mlp`.",
+                f"`{path}` names no module of `{kind}`{near(path, [*own, *shown])}",
+                "Give envoys, or paths as in `print(model)`, with `*` for any one name"
+                + (f": `{such_as}`." if such_as else "."),
             )
         return found
 

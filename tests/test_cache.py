@@ -91,7 +91,7 @@ def test_a_path_that_names_no_module_is_refused_with_near_names(model):
         tracer.cache(modules=["h.*.linn"])
     happened, instead = str(caught.value).splitlines()
     assert happened.startswith("`h.*.linn` names no module of `Stack`; did you mean `h.2.lin`")
-    assert instead == "Give envoys, or paths as in `print(model)`, with `*` for any one name: `transformer.h.*.mlp`."
+    assert instead == "Give envoys, or paths as in `print(model)`, with `*` for any one name: `h.*.lin`."
 
 
 def test_what_names_no_module_of_the_model_is_refused(model):

@@ -381,6 +381,23 @@ def test_a_local_that_cannot_be_shown_does_not_hide_the_others():
     run.close()
 
 
+def test_locals_that_nobody_wanted_are_not_shown():
+    class Unpacking(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            hidden, _, __ = x * 2, None, None
+            return self.lin(hidden)
+
+    run = NNsight(Unpacking()).trace(X4).start().to("lin")
+    assert re.search(r"^hidden +\[1, 4\] float32", repr(run.where()), re.MULTILINE)
+    assert not re.search(r"^_+ ", repr(run.where()), re.MULTILINE)
+    assert run.locals()["_"] is None  # it can be looked up
+    run.close()
+
+
 # A tensor in one line
 
 

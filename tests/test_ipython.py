@@ -69,7 +69,8 @@ def test_the_magics(cells):
     assert "paused at model[1][1].input (Half)" in cells("%to 1.1 input")
     assert "paused at model[1][1].output (Half)" in cells("%over")
     assert "paused at model[1].output (Sequential)" in cells("%out")
-    assert re.search(r"model\[1\]\[1\].output. has already run.*\nGo back to it", cells("%to 1.1"))
+    assert re.search(r"model\[1\]\[1\].output. has already run.*\nGo back to it: `%back 1.1`; for", cells("%to 1.1"))
+    assert "Go back to it: `%back 1.1.inner input`; for" in cells("%to 1.1.inner input")
     assert "paused at model[1][1].output (Half)" in cells("%back 1.1")
     cells("model[1][1].output *= 0")
     assert "model[1][1].output" in cells("%edits")
@@ -78,7 +79,7 @@ def test_the_magics(cells):
     assert "paused at model.input" in cells("%back")
     assert "nothing has been changed" in cells("%edits")
     assert "forward of Sequential: finished" in cells("%finish")
-    assert "This run has come to its end." in cells("%step")
+    assert re.search("This run has come to its end.\\n`%back` begins it again, `%back PATH` goes back", cells("%step"))
     cells("del run")
     assert "No run is held as `run`" in cells("%step")
 
@@ -143,7 +144,17 @@ def test_the_tab_key_offers_the_paths_of_modules(tmp_path):
         ("trace", 'Write the model and its input: `%trace model "The Eiffel Tower is in"`.'),
         ("step two", "`%step` takes a number, and was given `two`."),
         ("until", "Write what to stop at: `%until has_nan`, `%until norm_above(100)`."),
-        ("to", "Write one path: `%to transformer.h.5.mlp`, or `%to transformer.h.5.mlp input`."),
+        ("to", "Write one path: `%to 0.0`, or `%to 0.0 input`."),
+        ("out now", "`%out` takes nothing, and was given `now`."),
+        ("finish it", "`%finish` takes nothing, and was given `it`."),
+        ("until norm_above(", "This is no Python expression: '(' was never closed."),
+        ('trace model "unfinished', "This is no Python expression: unterminated string literal (detected at line 1)."),
+        ("trace modl 3", "name 'modl' is not defined"),
+        ("trace model.tracer 3", "`model` (Sequential) has no `tracer`; did you mean `trace`?"),
+        (
+            "trace model",
+            'A run held by hand has one input of its own, and this trace has none.\nWrite `%trace model "a prompt"`.',
+        ),
     ],
 )
 def test_a_magic_that_lacks_a_word_says_what_to_write(shell, monkeypatch, magic, said):
@@ -152,8 +163,10 @@ def test_a_magic_that_lacks_a_word_says_what_to_write(shell, monkeypatch, magic,
     from nnsight_eager.interactive.magics import load
 
     load(shell)
-    run = NNsight(torch.nn.Linear(1, 1)).trace(torch.ones(1)).start()
+    model = NNsight(torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(1, 1))))
+    run = model.trace(torch.ones(1)).start()
     monkeypatch.setitem(shell.user_ns, "run", run)
+    monkeypatch.setitem(shell.user_ns, "model", model)
     name, _, given = magic.partition(" ")
     with pytest.raises(UsageError) as caught:
         shell.run_line_magic(name, given)
@@ -170,3 +183,37 @@ def test_the_tab_key_behind_until_offers_what_can_be_stopped_at(shell):
     with provisionalcompleter():
         offered = {each.text for each in shell.Completer.completions("%until has", len("%until has"))}
     assert offered == {"has_nan", "has_inf"}
+
+
+@pytest.mark.parametrize(
+    ("python", "magic"),
+    [
+        ("run.restart()", "%back"),
+        ("run.back_to(...)", "%back PATH"),
+        ("run.back_to(model)", "run.back_to(model)"),  # `%back` alone goes to the start, which is the model's input
+        ('run.back_to(model, "input")', "%back"),
+        ('run.back_to(model.h[1].attn, "pattern")', "%back h.1.attn pattern"),
+        ("run.back_to(model[0].source.linear_0)", "%back 0.source.linear_0"),
+        ("run.to(...)", "%to PATH"),
+        ("run.step()", "%step"),
+        ("model.trace(...).start()", '%trace model "a prompt"'),
+        ("run.fork()", "run.fork()"),  # there is no magic for it
+    ],
+)
+def test_what_errors_say_to_write_is_said_as_a_magic(python, magic):
+    from nnsight_eager.interactive.magics import in_magics
+
+    assert in_magics(f"Write `{python}`, or do not.") == f"Write `{magic}`, or do not."
+
+
+def test_a_name_that_the_model_lacks_is_no_mistake_in_the_magic(shell, monkeypatch):
+    from nnsight_eager.interactive.magics import load
+
+    class Forgetful(torch.nn.Module):
+        def forward(self, x):
+            return missing + x  # noqa: F821
+
+    load(shell)
+    monkeypatch.setitem(shell.user_ns, "run", NNsight(Forgetful()).trace(torch.ones(1)).start())
+    with pytest.raises(NameError, match="missing"):
+        shell.run_line_magic("step", "")

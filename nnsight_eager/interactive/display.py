@@ -122,8 +122,9 @@ class Locals(Shown, Mapping[str, Any]):
         return len(self._values)
 
     def _parts(self) -> Iterator[Part]:
-        values = {name: value for name, value in self._values.items() if not isinstance(value, torch.nn.Module)}
-        rows = [(name, one_line(value)) for name, value in values.items()]
+        # What is called `_` is what the model's code did not want either.
+        named = {name: value for name, value in self._values.items() if name.strip("_")}
+        rows = [(name, one_line(value)) for name, value in named.items() if not isinstance(value, torch.nn.Module)]
         if not rows:
             yield Line("no frame of the model is paused", "dim")
             return

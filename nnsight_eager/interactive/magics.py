@@ -20,6 +20,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 
 from ..errors import NnsightEagerError
+from ..paths import example
 from ..tracebacks import at_the_users_line
 from ..visits import INPUT, OUTPUT
 from . import predicates
@@ -28,6 +29,20 @@ from .held import HeldRun
 
 TYPED: Final = re.compile(r"\s*%(to|back|until)\s+(\S+\s+)?(\S*)")
 """A line with a magic that takes a point or a predicate: the magic, a point, and what is typed of the next word."""
+
+WRITTEN_WRONG: Final = (SyntaxError, NameError, AttributeError)
+"""What Python raises for an expression that is mistyped."""
+
+MAGICS: Final = {
+    r"model\.trace\([^`]*\)\.start\(\)": '`%trace model "a prompt"`',
+    r"run\.(step|over|out|finish|where)\(\)": r"`%\1`",
+    r'run\.(restart\(\)|back_to\(model, "input"\))': "`%back`",
+    r"run\.(to|back)(_to)?\(\.\.\.\)": r"`%\1 PATH`",
+}
+"""What errors say to write, and the magic for it."""
+
+BACK: Final = r'run\.back_to\(model([^`,]+?)(?:, "(\w+)")?\)'
+"""The same of going back to a point: the module, and the kind where it is said."""
 
 TRACE: Final = "_nnsight_eager_trace"
 """The name that a cell's trace has while the cell runs."""
@@ -48,11 +63,12 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
         if not called:
             raise UsageError('Write the model and its input: `%trace model "The Eiffel Tower is in"`.')
         method = "" if called.endswith((".trace", ".generate")) else ".trace"
-        with _told():
+        with _told(*WRITTEN_WRONG):
             trace = self.shell.ev(f"{called}{method}({given})")
-            if cell is None:
+        if cell is None:
+            with _told():
                 run = self.shell.user_ns["run"] = trace.start()
-                return run  # type: ignore[no-any-return]
+            return run  # type: ignore[no-any-return]
         self._run_in(trace, cell)
         return None
 
@@ -82,6 +98,7 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
     @at_the_users_line
     def over(self, line: str) -> HeldRun:
         """`%over`: on past the module that is about to run."""
+        _refuse_more(line, "over")
         with _told():
             return self._run.over()
 
@@ -89,6 +106,7 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
     @at_the_users_line
     def out(self, line: str) -> HeldRun:
         """`%out`: on to the output of the module around this one."""
+        _refuse_more(line, "out")
         with _told():
             return self._run.out()
 
@@ -97,7 +115,7 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
     def to(self, line: str) -> HeldRun:
         """`%to transformer.h.5.mlp` or `%to transformer.h.5.mlp input`: on to a point."""
         with _told():
-            return self._run.to(*_point(line, "to"))
+            return self._run.to(*self._point(line, "to"))
 
     @line_magic  # type: ignore[untyped-decorator]
     @at_the_users_line
@@ -105,8 +123,10 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
         """`%until has_nan`: on to the first value that satisfies an expression such as `norm_above(100)`."""
         if not line:
             raise UsageError("Write what to stop at: `%until has_nan`, `%until norm_above(100)`.")
+        with _told(*WRITTEN_WRONG):
+            predicate = eval(line, {**vars(predicates), **self.shell.user_ns})
         with _told():
-            return self._run.until(eval(line, {**vars(predicates), **self.shell.user_ns}))
+            return self._run.until(predicate)
 
     @line_magic  # type: ignore[untyped-decorator]
     @at_the_users_line
@@ -119,7 +139,7 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
     def back(self, line: str) -> HeldRun:
         """`%back transformer.h.2`: back to a point; `%back` alone to the start."""
         with _told():
-            return self._run.back_to(*_point(line, "back")) if line else self._run.restart()
+            return self._run.back_to(*self._point(line, "back")) if line else self._run.restart()
 
     @line_magic  # type: ignore[untyped-decorator]
     @at_the_users_line
@@ -131,9 +151,18 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
     @at_the_users_line
     def finish(self, line: str) -> HeldRun:
         """`%finish`: to the end; `run.result` is what the model returns."""
+        _refuse_more(line, "finish")
         with _told():
             self._run.finish()
         return self._run
+
+    def _point(self, line: str, magic: str) -> list[Any]:
+        """A path and, where it is written, `input`, `output` or `pattern`."""
+        words = line.split()
+        if not 1 <= len(words) <= 2:
+            path = example(self._run.paths()) or "PATH"
+            raise UsageError(f"Write one path: `%{magic} {path}`, or `%{magic} {path} input`.")
+        return words
 
     @property
     def _run(self) -> HeldRun:
@@ -164,20 +193,35 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Have what is refused, or a name that is not known, said in its sentences, without a traceback through IPython."""
+def _told(*also: type[Exception]) -> Iterator[None]:
+    """Have what is refused, and these further errors, said in its sentences, without a traceback through IPython."""
+    told: tuple[type[Exception], ...] = (NnsightEagerError, *also)
     try:
         yield
-    except (NnsightEagerError, NameError) as error:
-        raise UsageError(str(error)) from None
+    except told as error:
+        if isinstance(error, SyntaxError):  # as text it has the line of a file that nobody has written
+            raise UsageError(f"This is no Python expression: {error.msg}.") from None
+        raise UsageError(in_magics(str(error))) from None
 
 
-def _point(line: str, magic: str) -> list[Any]:
-    """A path and, where it is written, `input` or `output`."""
-    words = line.split()
-    if not 1 <= len(words) <= 2:
-        raise UsageError(f"Write one path: `%{magic} transformer.h.5.mlp`, or `%{magic} transformer.h.5.mlp input`.")
-    return words
+def in_magics(sentences: str) -> str:
+    """What an error says to write, as a magic where there is one: `%back h.2 input` for `run.back_to(model.h[2], "input")`."""
+    for python, magic in MAGICS.items():
+        sentences = re.sub(f"`{python}`", magic, sentences)
+    return re.sub(
+        f"`{BACK}`", lambda written: f"`{' '.join(filter(None, ('%back', dotted(written[1]), written[2])))}`", sentences
+    )
+
+
+def dotted(written: str) -> str:
+    """The path of a module that is written as Python: `.h[2].mlp` is `h.2.mlp`."""
+    return written.replace("[", ".").replace("]", "").removeprefix(".")
+
+
+def _refuse_more(line: str, magic: str) -> None:
+    """Raise where something stands behind a magic that takes nothing."""
+    if line:
+        raise UsageError(f"`%{magic}` takes nothing, and was given `{line}`.")
 
 
 def load(shell: InteractiveShell) -> None:

@@ -65,6 +65,7 @@ def _named(tree: Tree, point: Any) -> Envoy:
     """The one module that a path, or the module itself, stands for."""
     chosen = {"": tree.root} if point == "" else Envoy(tree.root, "", tree)._chosen(point)
     if len(chosen) != 1:
-        raise PathError(f"`{point}` names {len(chosen)} modules.", "Name one: `transformer.h.5.mlp`.")
+        first = tree.memory.aliases.shown(next(filter(None, chosen), ""))
+        raise PathError(f"`{point}` names {len(chosen)} modules.", f"Name one: `{first}`." if first else "Name one.")
     ((path, module),) = chosen.items()
     return Envoy(module, path, tree)
