@@ -283,7 +283,8 @@ MAY_IMPORT = {
     },
     "remote.__init__": {"remote.model"},
     "remote.addresses": {"attention", "calls", "errors", "visits"},
-    "remote.packing": {"errors", "nested"},
+    "remote.room": set(),
+    "remote.packing": {"errors", "nested", "remote.room"},
     "remote.wire": {"remote.addresses", "remote.packing"},
     # The server's side
     "remote.turns": set(),

@@ -70,7 +70,7 @@ def message(begin=None):
     return Message(1, begin, [], None, "finish", ())
 
 
-ANSWER = ((None, "", 0, False, 0, True, True), ("value",), None)
+ANSWER = ((None, "", 0, False, 0, True, True), ("value", "value"), None)
 
 
 @pytest.mark.parametrize(

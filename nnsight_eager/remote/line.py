@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from ..errors import ServerLostError
 from .cluster import ray_module
-from .wire import Answer, Message, Opened, meant
+from .wire import Answer, Message, Opened, answer_meant, message_sent
 
 PATIENCE: Final = 600.0
 """How many seconds a server may take to be there again: it has its model to load."""
@@ -70,7 +70,7 @@ class Line:
         """Send a message; raises `Lost` where the run that it is for is lost."""
         try:
             session = self.session
-            answer = self._ray.get(self._actor.go.remote(session.session, tuple(message)))
+            answer = self._ray.get(self._actor.go.remote(message_sent(session.session, message)))
         except self._died as error:
             raise self._lost(error) from None
         if answer is None:
@@ -78,7 +78,7 @@ class Line:
             if message.begin is not None:
                 return self.go(message)  # nothing is lost: the server was started anew since, and the run begins now
             raise Lost("it was started anew, and knows this client no more")
-        return meant(answer)
+        return answer_meant(answer)
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the server that answers with what came of it, and how."""
