@@ -5,9 +5,9 @@
 A cluster of this machine is started, on the loopback. A read gives a tensor in this process's own memory, which may be changed
 in place. It is timed beside bare Ray calls of the same payload that give the same: of an actor that returns the tensor, as
 anybody would write it, and of one that returns its bytes as an array, copied here since Ray's memory can only be read. The
-array alone, not copied and with its bytes not looked at, is the least Ray can do. The read is of a layer's input where the model
-is paused at the output of the layer before: nothing is computed in between. Runs are of a small model, two reads each, from
-processes of their own. Functions are of the model that is read, with 33 tokens each.
+array alone, not copied and with its bytes not looked at, is the least Ray can do. The read is of a layer's input where the
+model is paused at the output of the layer before: nothing is computed in between. Runs are of a small model, two reads each,
+from processes of their own. Functions are of the model that is read, with 33 tokens each.
 """
 
 import argparse

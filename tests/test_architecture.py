@@ -61,7 +61,7 @@ MAY_IMPORT = {
         "visits",
     },
     "distributed.shown": {"distributed.layouts", "distributed.ranks", "distributed.shards", "errors", "nested"},
-    "distributed.writing": {"activations", "distributed.ranks", "errors", "extraction"},
+    "distributed.writing": {"activations", "dataset", "distributed.ranks", "errors", "extraction"},
     "distributed.spread": {
         "distributed.layouts",
         "distributed.ranks",
