@@ -1108,7 +1108,7 @@ def test_a_future_whose_server_is_away_is_looked_at_without_waiting_and_runs_whe
         return await_function(reference, timeout)
 
     monkeypatch.setattr(line, "await_function", dies)
-    monkeypatch.setattr(line, "wait_until_back", lambda: back.wait(60))
+    monkeypatch.setattr(line, "wait_until_back", lambda wanted: back.wait(60))
     future = remote.submit(lambda model: model.trace([[1, 2, 3]]).result.logits.shape[1], retries=1)
     assert not future.done()
     assert future.progress == (0, 0, "")

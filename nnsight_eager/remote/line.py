@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any, Final
 
 from ..errors import ServerLostError
@@ -42,6 +43,7 @@ class Line:
         self._forgotten: list[tuple[str, int]] = []
         self._opened: Opened | None = None
         self._count = 0
+        self._closings = 0
 
     @property
     def session(self) -> Opened:
@@ -129,16 +131,17 @@ class Line:
         except self._died as error:
             raise self.lost(self._lost(error), "the function that was submitted") from None
 
-    def wait_until_back(self) -> None:
-        """Wait until the actor, which has died, is there again and knows this client."""
-        until = time.monotonic() + PATIENCE
+    def wait_until_back(self, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Wait until the actor, which has died, is there again and knows this client, as long as that is `wanted`."""
+        until, closings = time.monotonic() + PATIENCE, self._closings
         while True:
             try:
                 _ = self.session
                 return
             except self._died as error:
                 gone = self._lost(error)
-                if "no_restart" in str(error) or time.monotonic() > until:
+                over = "no_restart" in str(error) or time.monotonic() > until
+                if over or self._closings != closings or not wanted():
                     raise self.lost(gone, "what this client had there") from None
                 time.sleep(0.25)
 
@@ -161,6 +164,7 @@ class Line:
 
     def close(self) -> None:
         """Go; what this client has on the server goes with it."""
+        self._closings += 1
         opened, self._opened = self._opened, None
         if opened is not None and self._ray.is_initialized():
             # It may be gone already, or hear nothing of this client any more.
