@@ -278,6 +278,7 @@ MAY_IMPORT = {
         "interactive.display",
         "interactive.held",
         "interactive.predicates",
+        "trace",
         "tracebacks",
         "visits",
     },

@@ -1121,6 +1121,27 @@ def test_a_future_whose_server_is_away_is_looked_at_without_waiting_and_runs_whe
     assert len(lost) == 1
 
 
+def test_the_magics_lead_a_run_there_and_know_its_paths(remote, local, shell):
+    from nnsight_eager.interactive.magics import HeldRunMagics
+
+    shell.user_ns["remote"] = remote
+    magics = HeldRunMagics(shell)
+    typed = SimpleNamespace(text_until_cursor="%to transformer.h.1.m", token="transformer.h.1.m")
+    assert magics.completions(typed)["completions"] == []  # nothing is held
+    magics.trace(f"remote {PROMPT!r}")
+    assert [each.text for each in magics.completions(typed)["completions"]] == [
+        path for path, _ in local._module.named_modules() if path.startswith("transformer.h.1.m")
+    ]
+    assert repr(magics.to("transformer.h.1.mlp input")) == "paused at model.transformer.h[1].mlp.input (GPT2MLP), step 0"
+    magics.over("")
+    remote.transformer.h[1].mlp.output *= 0
+    magics.to("lm_head")
+    magics.back("transformer.h.0")
+    magics.back("")
+    with torch.no_grad(), local.trace(PROMPT):
+        assert magics.finish("").result.logits.equal(local.lm_head.output)
+
+
 def test_a_run_that_is_over_says_so(remote):
     with remote.trace(PROMPT) as tracer:
         remote.transformer.h[0].output
