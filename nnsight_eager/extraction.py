@@ -37,6 +37,9 @@ Prepare = Callable[[list[Row]], dict[str, Any]]
 Share = Callable[[Path, list[int], Mapping[str, Form], Callable[[int], None]], None]
 """Has the shards of some numbers made in a folder."""
 
+Values = Callable[[Batch, Mapping[str, Form]], dict[str, torch.Tensor]]
+"""Gives what each point gives for the tokens of a batch."""
+
 SURVEYED: Final = 13
 """How many tokens tell what there is to store: a number that no model has heads or experts of."""
 
@@ -96,17 +99,24 @@ class Extraction:
                 for number in missing:
                     self.make(folder, number, index.points, advance)
 
-    def make(self, folder: Path, number: int, points: Mapping[str, Form], advance: Callable[[int], None]) -> None:
-        """Make one shard, which holds the same whoever makes it."""
+    def make(
+        self,
+        folder: Path,
+        number: int,
+        points: Mapping[str, Form],
+        advance: Callable[[int], None],
+        values: Values | None = None,
+    ) -> None:
+        """Make one shard, which holds the same whoever makes it; with `values` something else has the forward passes run."""
         batches = self._shards(points)[number]
         tokens = sum(self._lengths[row] for batch in batches for row in batch)
         with shard_at(shard_path(folder, number), _stored(points), tokens) as shard:
-            self._fill(shard, batches, points, advance)
+            self._fill(shard, batches, points, advance, values or self.values)
 
-    def compute(self, number: int, points: Mapping[str, Form]) -> None:
-        """Run the forward passes of one shard, which another process writes that runs them too."""
-        for batch in self._shards(points)[number]:
-            self._values(batch, points)
+    @property
+    def batches(self) -> list[Batch]:
+        """The rows of each forward pass."""
+        return self._batches
 
     def survey(self) -> dict[str, Form]:
         """What there is to store, found out once."""
@@ -183,10 +193,12 @@ class Extraction:
         dtype = self._options.dtype if self._options.dtype is not None and value.is_floating_point() else value.dtype
         return Form(tuple(value.shape[2:]), str(dtype).removeprefix("torch."))
 
-    def _fill(self, shard: Shard, batches: list[Batch], points: Mapping[str, Form], advance: Callable[[int], None]) -> None:
+    def _fill(
+        self, shard: Shard, batches: list[Batch], points: Mapping[str, Form], advance: Callable[[int], None], values: Values
+    ) -> None:
         """Write the batches one after another, no padding."""
         for batch in batches:
-            for path, value in self._values(batch, points).items():
+            for path, value in values(batch, points).items():
                 shard.add(key_of(path), value)
             lengths = [self._lengths[row] for row in batch]
             shard.add("row", torch.tensor([row for row in batch for _ in self._rows[row]]))
@@ -194,7 +206,7 @@ class Extraction:
             shard.add("token", torch.tensor([token for row in batch for token in self._rows[row]]))
             advance(sum(lengths))
 
-    def _values(self, batch: Batch, points: Mapping[str, Form]) -> dict[str, torch.Tensor]:
+    def values(self, batch: Batch, points: Mapping[str, Form]) -> dict[str, torch.Tensor]:
         """What each point gives for the tokens of a batch, `[tokens, ...]`; the forward is stopped behind the last."""
         keywords = self._prepare([self._rows[row] for row in batch])
         mask = keywords["attention_mask"].bool()

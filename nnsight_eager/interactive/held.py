@@ -47,6 +47,7 @@ class HeldRun(Shown, Trace):
 
     __slots__ = ("__weakref__", "_cached", "_found", "_recording", "_thread")
 
+    by_hand = True
     _run: Run
 
     def __init__(self, trace: Trace, recording: Recording, run: Run) -> None:
