@@ -15,8 +15,9 @@ from .attention import in_place_of
 from .coroutine import current_stack
 from .errors import SourceError
 from .inside import Part
-from .operations import CALLS, Dissected, dissected, peeled
+from .operations import Calls, Dissected, dissected
 from .paths import near, spelled
+from .peeling import peeled
 from .taps import Tap, put_innermost, take_down, tap_at
 from .visits import Visit
 
@@ -55,7 +56,7 @@ OVER: Final = 2
 """How far an operation is that its forward has come by."""
 
 
-class RunCalls:
+class RunCalls(Calls):
     """What one run has the rewritten code of one function call, in the place of its operations."""
 
     __slots__ = ("_begun", "_ears", "_inside", "_last", "_late", "_owner", "_path")
@@ -152,10 +153,6 @@ class RunCalls:
         """The operation `name`, which gives a variable its value."""
         return self(name, _itself, value)
 
-    def own(self, names: Any) -> Any:
-        """What `locals()`, `vars()` or `dir()` lists in the function as it is written."""
-        return [each for each in names if each != CALLS] if isinstance(names, list) else _without(names)
-
 
 class RewrittenForward(Tap):
     """Runs a module's forward with its operations called apart."""
@@ -241,10 +238,6 @@ def no_operation(path: str, name: str, found: Dissected) -> SourceError:
     return SourceError(
         f"`{spelled(path)}` has no operation `{name}`{near(name, found.operations)}", f"`print({spelled(path)})` lists them."
     )
-
-
-def _without(names: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in names.items() if name != CALLS} if CALLS in names else names
 
 
 def _itself(value: Any) -> Any:

@@ -917,23 +917,41 @@ def test_a_wrapper_that_does_not_say_what_it_wraps_is_followed(model, block):
     assert torch.equal(relu, torch.relu(net.lin(X)))
 
 
-@pytest.mark.xfail(strict=True, reason="accelerate's own wrapper is shown in place of the forward it calls")
-def test_below_accelerates_hooks_there_is_the_forward(model, block):
+def test_below_accelerates_hooks_there_is_the_forward_and_they_stay(model, block):
     from accelerate.hooks import ModelHook, add_hook_to_module
 
-    add_hook_to_module(model._module.blocks[0], ModelHook())
-    with as_before(model), model.trace(X):
-        assert torch.equal(block.source.torch_relu_0.output, torch.relu(model._module.blocks[0].lin(X)))
+    class Doubling(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            return (args[0] * 2,), kwargs
 
-
-def test_accelerates_hooks_stay_and_their_calls_are_points(model, block):
-    from accelerate.hooks import ModelHook, add_hook_to_module
+        def post_forward(self, module, output):
+            return output * 10
 
     net = model._module.blocks[0]
-    add_hook_to_module(net, ModelHook())
+    add_hook_to_module(net, Doubling(), append=True)
+    assert list(block.source) == list(model.blocks[1].source)
     with as_before(model), model.trace(X):
-        out = block.source.output_1.output
-    assert torch.equal(out, net.by_hand(X))
+        relu = block.source.torch_relu_0.output
+        block.source.torch_relu_0.output = relu * 0
+        inner = block.source.shifted_0.source.moved_0.output.clone()  # which `hidden += x` changes
+        out = block.output
+    assert torch.equal(relu, torch.relu(net.lin(X * 2)))
+    assert torch.equal(inner, torch.full((1, 3), 2.0))
+    assert torch.equal(out, (2 + X * 2) * 10)
+    assert torch.equal(net(X), net.by_hand(X * 2) * 10)
+
+
+def test_a_partial_that_wraps_something_else_is_shown_itself(model, block):
+    net = model._module.blocks[0]
+    inner = net.forward
+
+    def mine(module, x):
+        return module.lin(x)
+
+    net.forward = functools.update_wrapper(functools.partial(mine, net), inner)
+    with as_before(model), model.trace(X):
+        assert list(block.source) == ["module_lin_0"]
+        assert torch.equal(block.source.module_lin_0.output, net.lin(X))
 
 
 def test_a_copy_made_meanwhile_is_a_model_of_its_own(model, block):
