@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from left_behind import frames_on_other_stacks
 from small_models import X4, Stack, hooked
 
@@ -318,6 +319,40 @@ def test_a_position_that_no_prompt_has_is_a_sentence_at_the_trace(gpt2):
     with pytest.raises(EditError, match=r"`positions=50` is not in a prompt of") as caught, gpt2.trace("The Eiffel"):
         gpt2.lm_head.output
     assert caught.value.__notes__ == ["In steer `model.transformer.h[0]`."]
+
+
+def test_a_mean_leaves_padding_out_where_tokens_are_flattened():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+    config = transformers.MixtralConfig(**sizes, num_hidden_layers=1, num_local_experts=4, pad_token_id=0)
+    model = LanguageModel(transformers.MixtralForCausalLM(config).eval())
+    given = {"input_ids": torch.arange(1, 9).reshape(2, 4), "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])}
+    experts = model.model.layers[0].mlp.experts
+    with model.trace(**given):
+        plain = experts.output  # [batch * seq, hidden]
+    with model.ablate(experts, "mean"), model.trace(**given):
+        assert torch.allclose(experts.output[0], plain[given["attention_mask"].flatten().bool()].mean(0))
+
+
+def test_positions_where_there_is_no_dimension_of_them_are_refused(model):
+    with model.steer(model.h[0], torch.ones(4), positions=0), pytest.raises(EditError) as caught:
+        model.trace(B).result
+    assert str(caught.value).splitlines() == [
+        "`positions=0` chooses from `[batch, seq, hidden]`, and this place gives [2, 4] float32.",
+        "Leave `positions` away, or give a place that has a vector for each token, such as a layer.",
+    ]
+
+
+@pytest.mark.parametrize("prompt", ["The Eiffel", ["The", "The Eiffel Tower is in"]], ids=["one", "padded"])
+def test_steering_and_ablation_are_in_scans(gpt2, prompt):
+    shape = gpt2.map(prompt)["transformer.h.1"].output
+    for positions in (0, -1, slice(0, 1), [0, -1], (0, -1)):
+        gpt2.steer(gpt2.transformer.h[0], torch.randn(32), positions=positions)
+    gpt2.ablate(gpt2.transformer.h[1], "mean")
+    gpt2.ablate(gpt2.transformer.h[1].mlp, "mean", positions=0)
+    assert gpt2.map(prompt)["transformer.h.1"].output == shape
+    with gpt2.scan(prompt):
+        assert gpt2.transformer.h[1].hidden.shape[-1] == 32
 
 
 def test_what_was_ablated_can_be_changed_in_place(model):
