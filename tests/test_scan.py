@@ -78,6 +78,22 @@ def test_asking_a_scan_for_a_value_says_that_it_has_none(model):
     assert caught.value.__notes__ == ["A scan has shapes and no values, and something here asks for a value."]
 
 
+class Choosing(torch.nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_a_model_that_asks_a_map_or_the_end_of_a_scan_for_a_value_says_so_too():
+    def scanned(model):
+        with model.scan(X4):
+            pass
+
+    for show in (scanned, lambda model: model.map(X4)):
+        with pytest.raises(Exception, match=r"aten\.") as caught:
+            show(NNsight(Choosing()))
+        assert caught.value.__notes__[-1] == "A scan has shapes and no values, and something here asks for a value."
+
+
 def test_a_map_lists_the_modules_in_the_order_they_begin(model):
     found = model.map(X4)
     assert [row.path for row in found.rows] == ["", "h.0", "h.0.lin", "h.1", "h.1.lin", "h.2", "h.2.lin", "head"]
