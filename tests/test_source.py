@@ -651,10 +651,11 @@ def test_an_operation_that_has_been_passed_is_an_error(model, block):
         block.source.self_lin_0.output
 
     assert sentence(OutOfOrderError, trace(model, read)) == (
-        "`model.blocks[0].source.self_lin_0.output` is not reached any more: the forward of `model.blocks[0]` had come past it "
-        "when it was asked for.\n"
+        "`model.blocks[0].source.self_lin_0.output` is not reached any more: it was asked for when the forward of "
+        "`model.blocks[0]` had begun, or had come past it.\n"
         "Read `model.blocks[0].source.self_lin_0.output` above the line that reads "
-        "`model.blocks[0].source.torch_relu_0.output`."
+        "`model.blocks[0].source.torch_relu_0.output`; where it comes behind that, write `model.blocks[0].source` above that "
+        "line."
     )
 
 
@@ -677,9 +678,10 @@ def test_a_forward_that_had_begun_unheard_is_an_error_at_once(model, block):
         block.source.shifted_0.output
 
     assert sentence(OutOfOrderError, trace(model, read)) == (
-        "`model.blocks[0].source.shifted_0.output` is not reached any more: the forward of `model.blocks[0]` had come past it "
-        "when it was asked for.\n"
-        "Read `model.blocks[0].source.shifted_0.output` above the line that reads `model.blocks[0].lin.output`."
+        "`model.blocks[0].source.shifted_0.output` is not reached any more: it was asked for when the forward of "
+        "`model.blocks[0]` had begun, or had come past it.\n"
+        "Read `model.blocks[0].source.shifted_0.output` above the line that reads `model.blocks[0].lin.output`; where it comes "
+        "behind that, write `model.blocks[0].source` above that line."
     )
 
 
