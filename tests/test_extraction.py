@@ -95,6 +95,14 @@ class DataSet:
         return {"text": TEXTS[range(len(TEXTS))[row]], "label": 1}
 
 
+class NoEnd(DataSet):
+    """A data set that has a length, and does not say where it ends."""
+
+    def __getitem__(self, row):
+        assert row < len(TEXTS), "asked for a row that is not there"
+        return super().__getitem__(row)
+
+
 def test_a_data_set_may_have_texts_ids_and_dicts(gpt2, tmp_path):
     ids = gpt2.tokenizer(TEXTS)["input_ids"]
     kinds = {
@@ -104,6 +112,7 @@ def test_a_data_set_may_have_texts_ids_and_dicts(gpt2, tmp_path):
         "text": [{"text": text, "label": 1} for text in TEXTS],
         "tokenized": [{"text": "other", "input_ids": row} for row in ids],
         "data set": DataSet(),
+        "no end": NoEnd(),
         "mixed": [TEXTS[0], ids[1], {"text": TEXTS[2]}, {"input_ids": ids[3]}, tuple(ids[4])],
     }
     for name, given in kinds.items():
