@@ -189,3 +189,9 @@ def outside_invokes(what: str = "This") -> OutsideTraceError:
         f"{what} was read outside every invoke, and its trace has no input of its own.",
         'Read it inside `with tracer.invoke("…"):`, or give the trace an input: `with model.trace("…"):`.',
     )
+
+
+def say_one_graph(error: BaseException, invokes: Invokes | None) -> None:
+    """Where a trace's invokes go back through their graph one after another, torch's own error says whose it is."""
+    if invokes is not None and isinstance(error, RuntimeError) and "backward through the graph a second time" in str(error):
+        error.add_note("The invokes of a trace share one graph: give every backward pass but the last `retain_graph=True`.")

@@ -23,7 +23,7 @@ from .current import enter, leave, opening_frames
 from .distributed.first import OneOfRanks
 from .entering import is_entered
 from .errors import InputError, InvokeError, RunEndedError, RunError, StepError
-from .invokes import Division, Invoke, InvokeInPlace, Invokes, outside_invokes
+from .invokes import Division, Invoke, InvokeInPlace, Invokes, outside_invokes, say_one_graph
 from .paths import spelled
 from .run import Call, Run, Stop
 from .shared import SharedRun
@@ -101,6 +101,7 @@ class Trace(OneOfRanks):
             return self._leave(error)  # type: ignore[return-value]  # `bool`, and a checker would take names for unbound
         except BaseException as raised:
             raised.__traceback__ = without_our_frames(raised.__traceback__)
+            say_one_graph(raised, self._invokes)
             raise
         finally:
             self._blocks_of_backward.end()
