@@ -41,7 +41,7 @@ def _change(layer: Envoy, change: Any, positions: Positions) -> None:
     if positions is not None and run.step:
         return
     hidden = layer.hidden
-    real = _real_tokens(run, hidden)
+    real = _real_tokens(_mask(run, layer), hidden)
     changed = change(hidden, real)
     if positions is not None:
         chosen = _chosen(hidden, real, positions)
@@ -49,12 +49,19 @@ def _change(layer: Envoy, change: Any, positions: Positions) -> None:
     layer.hidden = changed
 
 
-def _real_tokens(run: SharedRun, hidden: torch.Tensor) -> torch.Tensor | None:
-    """Which places of `[batch, seq]` hold a token and no padding; `None` where all do, as far as the call tells.
+def _mask(run: SharedRun, layer: Envoy) -> Any:
+    """The step's attention mask for the tokens that a layer gets: a decoder behind an encoder has others than the encoder."""
+    behind_encoder = getattr(getattr(run.root, "config", None), "is_encoder_decoder", False)
+    own_path = layer._tree.memory.aliases.own(layer._path)
+    name = "decoder_attention_mask" if behind_encoder and "decoder" in own_path.split(".") else "attention_mask"
+    return run.arguments[1].get(name)
+
+
+def _real_tokens(mask: Any, hidden: torch.Tensor) -> torch.Tensor | None:
+    """Which places of `[batch, seq]` hold a token and no padding; `None` where all do, as far as the mask tells.
 
     In a scan nothing has values, and every place is of one shape.
     """
-    mask = run.arguments[1].get("attention_mask")
     if not isinstance(mask, torch.Tensor) or isinstance(mask, FakeTensor) or mask.dim() != 2:
         return None
     if hidden.dim() == 2 and len(hidden) == mask.numel():  # `[batch * seq, hidden]`, as in a mixture of experts

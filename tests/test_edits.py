@@ -334,6 +334,22 @@ def test_a_mean_leaves_padding_out_where_tokens_are_flattened():
         assert torch.allclose(experts.output[0], plain[given["attention_mask"].flatten().bool()].mean(0))
 
 
+def test_the_padding_of_an_encoders_prompt_is_none_of_its_decoders(folder):
+    model = LanguageModel(folder("t5"), rename={"decoder.block": "answering"})
+    given = {"input_ids": torch.arange(1, 9).reshape(2, 4), "decoder_input_ids": torch.arange(11, 19).reshape(2, 4)}
+    given["attention_mask"] = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    for path, masks, real in (
+        ("answering.0", {}, torch.ones(2, 4)),
+        ("answering.0", {"decoder_attention_mask": given["attention_mask"].flip(0)}, given["attention_mask"].flip(0)),
+        ("encoder.block.0", {}, given["attention_mask"]),
+    ):
+        layer = model[path]
+        with model.trace(**given, **masks):
+            plain = layer.hidden
+        with model.ablate(path, "mean"), model.trace(**given, **masks):
+            assert torch.allclose(layer.hidden[0, 0], plain[real.bool()].mean(0), atol=1e-6)
+
+
 def test_positions_where_there_is_no_dimension_of_them_are_refused(model):
     with model.steer(model.h[0], torch.ones(4), positions=0), pytest.raises(EditError) as caught:
         model.trace(B).result
