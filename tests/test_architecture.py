@@ -183,10 +183,12 @@ MAY_IMPORT = {
     "shard": {"activations", "errors"},
     "plot": {"errors", "language"},
     "progress": set(),
+    "digests": {"names", "peeling", "tree"},
     "extraction": {
         "activations",
         "batching",
         "dataset",
+        "digests",
         "errors",
         "model",
         "nested",

@@ -163,6 +163,25 @@ def test_steering_by_another_vector_is_another_request(gpt2, tmp_path):
         gpt2.extract(TEXTS, ["transformer.h.1"], tmp_path)
 
 
+@pytest.mark.parametrize("way", ["function", "block"])
+def test_an_edit_that_sees_another_value_is_another_request(gpt2, tmp_path, way):
+    def extract(scale):
+        def change():
+            gpt2.transformer.h[0].hidden *= scale
+
+        if way == "function":
+            edited = gpt2.edit(change)
+        else:
+            with gpt2.edit() as edited:
+                gpt2.transformer.h[0].hidden *= scale
+        return edited.extract(TEXTS, ["transformer.h.0"], tmp_path)
+
+    first = extract(1.0)
+    assert torch.equal(extract(1.0)[0]["transformer.h.0"], first[0]["transformer.h.0"])
+    with pytest.raises(ExtractError, match="with other edits"):
+        extract(2.0)
+
+
 def test_a_value_that_the_model_changes_later_is_stored_as_it_was(tmp_path):
     class Changing(torch.nn.Module):
         def __init__(self):
