@@ -4,7 +4,6 @@ import weakref
 
 import pytest
 import torch
-import transformers
 from left_behind import frames_on_other_stacks
 from small_models import X4, Stack, hooked
 
@@ -321,17 +320,23 @@ def test_a_position_that_no_prompt_has_is_a_sentence_at_the_trace(gpt2):
     assert caught.value.__notes__ == ["In steer `model.transformer.h[0]`."]
 
 
+class Flattening(torch.nn.Module):
+    """Hands its layer the tokens of all rows one after another, as a mixture does its experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+
+    def forward(self, x, attention_mask):
+        return self.layer(x.flatten(0, 1)).reshape(x.shape)
+
+
 def test_a_mean_leaves_padding_out_where_tokens_are_flattened():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "vocab_size": 50}
-    config = transformers.MixtralConfig(**sizes, num_hidden_layers=1, num_local_experts=4, pad_token_id=0)
-    model = LanguageModel(transformers.MixtralForCausalLM(config).eval())
-    given = {"input_ids": torch.arange(1, 9).reshape(2, 4), "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])}
-    experts = model.model.layers[0].mlp.experts
-    with model.trace(**given):
-        plain = experts.output  # [batch * seq, hidden]
-    with model.ablate(experts, "mean"), model.trace(**given):
-        assert torch.allclose(experts.output[0], plain[given["attention_mask"].flatten().bool()].mean(0))
+    model, x, mask = NNsight(Flattening()), torch.randn(2, 3, 4), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with model.ablate(model.layer, "mean"), model.trace(x, attention_mask=mask) as tracer:
+        pass
+    expected = model._module.layer(x[mask.bool()]).mean(0)
+    assert torch.allclose(tracer.result, expected.expand(2, 3, 4), atol=1e-6)
 
 
 def test_the_padding_of_an_encoders_prompt_is_none_of_its_decoders(folder):
