@@ -364,18 +364,6 @@ def test_positions_where_there_is_no_dimension_of_them_are_refused(model):
     ]
 
 
-@pytest.mark.parametrize("prompt", ["The Eiffel", ["The", "The Eiffel Tower is in"]], ids=["one", "padded"])
-def test_steering_and_ablation_are_in_scans(gpt2, prompt):
-    shape = gpt2.map(prompt)["transformer.h.1"].output
-    for positions in (0, -1, slice(0, 1), [0, -1], (0, -1)):
-        gpt2.steer(gpt2.transformer.h[0], torch.randn(32), positions=positions)
-    gpt2.ablate(gpt2.transformer.h[1], "mean")
-    gpt2.ablate(gpt2.transformer.h[1].mlp, "mean", positions=0)
-    assert gpt2.map(prompt)["transformer.h.1"].output == shape
-    with gpt2.scan(prompt):
-        assert gpt2.transformer.h[1].hidden.shape[-1] == 32
-
-
 def test_what_was_ablated_can_be_changed_in_place(model):
     with model.ablate(model.h[1].lin), model.trace(B):
         model.h[1].lin.output[0] = 1

@@ -166,3 +166,15 @@ def test_a_map_shows_visits_where_a_module_is_visited_more_than_once_and_counts_
     assert "visits" not in repr(found)
 
     assert repr(NNsight(Twice()).map(X4)).splitlines()[0].split()[-1] == "visits"
+
+
+@pytest.mark.parametrize("prompt", ["The Eiffel", ["The", "The Eiffel Tower is in"]], ids=["one", "padded"])
+def test_steering_and_ablation_are_in_scans(gpt2, prompt):
+    shape = gpt2.map(prompt)["transformer.h.1"].output
+    for positions in (0, -1, slice(0, 1), [0, -1], (0, -1)):
+        gpt2.steer(gpt2.transformer.h[0], torch.randn(32), positions=positions)
+    gpt2.ablate(gpt2.transformer.h[1], "mean")
+    gpt2.ablate(gpt2.transformer.h[1].mlp, "mean", positions=0)
+    assert gpt2.map(prompt)["transformer.h.1"].output == shape
+    with gpt2.scan(prompt):
+        assert gpt2.transformer.h[1].hidden.shape[-1] == 32
