@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import gc
+import itertools
 import pickle
 import sys
 import threading
@@ -551,6 +552,28 @@ def test_two_threads_trace_one_block_with_its_source_and_without(model, block):
         for thread in threads:
             thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("hooked", [False, True])
+def test_traces_that_are_open_together_each_have_their_operations(model, block, order, hooked):
+    net = model._module.blocks[0]
+    if hooked:
+        from accelerate.hooks import ModelHook, add_hook_to_module
+
+        add_hook_to_module(net, ModelHook())
+    relus, outs = {}, {}
+    with as_before(model), contextlib.ExitStack() as open_together:
+        traces = [open_together.enter_context(model.trace(X + number)) for number in range(3)]
+        sources = [each.model.blocks[0].source for each in traces]  # each is there before any comes to the block
+        for number in order:
+            relus[number] = sources[number].torch_relu_0.output
+            sources[number].torch_relu_0.output = relus[number] * number
+        for number in reversed(order):
+            outs[number] = traces[number].model.blocks[0].output
+    for number in range(3):
+        assert torch.equal(relus[number], torch.relu(net.lin(X + number)))
+        assert torch.equal(outs[number], net.by_hand(X + number, relu=lambda value, number=number: value * number))
 
 
 def test_a_trace_inside_a_trace_has_operations_of_its_own(model, block):
