@@ -133,7 +133,7 @@ MAY_IMPORT = {
         "source",
         "visits",
     },
-    "steps": {"errors", "run"},
+    "steps": {"changes", "errors", "run"},
     "tracebacks": {"coroutine"},
     "trace": {
         "backward",
