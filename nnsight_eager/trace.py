@@ -392,7 +392,8 @@ class Trace(OneOfRanks):
         run = self._run
         if run is None:
             count = 0 if self._invokes is None else len(self._invokes.written)
-            state = f"{count} invoke{'s' * (count > 1)}" if count else "not begun"
+            begin = "begun by `with`" + " or `.result`" * (self._call is not None)
+            state = f"{count} invoke{'s' * (count > 1)}" if count else f"not begun; it is {begin}"
         elif run.at is not None:
             state = f"paused at {spelled(run.path_of(run.at.module), run.at.kind)}, step {run.step}"
         else:
