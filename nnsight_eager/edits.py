@@ -98,6 +98,8 @@ class Edit:
 class EditBlock(Captured):
     """`with model.edit() as edited:`: the block is kept, and runs from then on."""
 
+    _instead = "Write it as a function: `model.edit(function)`."
+
     def __init__(self, edit: Edit, entered: Any) -> None:
         """`entered` is what the `as` target gets."""
         self._edit = edit
