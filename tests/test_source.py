@@ -793,7 +793,7 @@ def test_the_forward_itself_cannot_ask_for_its_operations(model, block):
 
 def test_outside_a_trace_there_is_the_listing_and_no_value(model, block):
     assert sentence(OutsideTraceError, lambda: block.source.torch_relu_0.output).startswith(
-        "A point was read where no trace of this model is open."
+        "A point was asked for where no trace of this model is open."
     )
 
 
