@@ -177,6 +177,7 @@ MAY_IMPORT = {
         "scan",
         "signatures",
         "trace",
+        "tracebacks",
         "tree",
     },
     "padding": {"errors"},
