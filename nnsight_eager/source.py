@@ -66,7 +66,7 @@ class Source:
         if name.startswith("_") and (found is None or name not in found.operations):  # IPython probes these
             raise AttributeError(name)
         if found is not None and name not in found.operations:
-            raise AttributeError(str(no_operation(self._where, name, found)))
+            raise AttributeError(str(no_operation(self._where, name, found)), name=name, obj=None)  # without Python's own hint
         return self._point(name)
 
     def __getitem__(self, name: str) -> "OperationPoint":

@@ -52,8 +52,7 @@ class Trace(OneOfRanks):
 
         Without a `call` the trace has no input of its own and is divided into invokes; without a `division` it cannot be.
         """
-        self._tree, self._name = tree, name
-        self._call, self._division = call, division
+        self._tree, self._name, self._call, self._division = tree, name, call, division
         self._run: Run | None = None
         self._invokes: Invokes | None = None
         self._results: list[Any] | None = None
@@ -392,8 +391,8 @@ class Trace(OneOfRanks):
         run = self._run
         if run is None:
             count = 0 if self._invokes is None else len(self._invokes.written)
-            begin = "begun by `with`" + " or `.result`" * (self._call is not None)
-            state = f"{count} invoke{'s' * (count > 1)}" if count else f"not begun; it is {begin}"
+            begun = "not begun; it is begun by `with`" + " or `.result`" * (self._call is not None)
+            state = f"{count} invoke{'s' * (count > 1)}" if count else begun
         elif run.at is not None:
             state = f"paused at {spelled(run.path_of(run.at.module), run.at.kind)}, step {run.step}"
         else:

@@ -212,7 +212,7 @@ class Envoy(Points):
         try:
             value = getattr(self._module, name)
         except AttributeError:
-            raise AttributeError(self._unknown(name)) from None
+            raise AttributeError(self._unknown(name), name=name, obj=None) from None  # of an `obj` Python makes a hint too
         return self._as_envoy(value)
 
     def _as_envoy(self, value: Any) -> Any:

@@ -1,4 +1,4 @@
-# ruff: noqa: C416 -- a loop over the steps, and an error that leaves the trace, are what is tested
+# ruff: noqa: C416, PT031 -- a loop over the steps, and what leaves the trace, are what is tested
 """Loops over steps: each ask is of the current step, and a loop ends when generation ends."""
 
 import sys

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -247,3 +249,14 @@ def test_a_copy_made_while_a_trace_is_open_is_not_part_of_it(model):
             hidden = other.h[0].output
     assert torch.equal(hidden, model.h[0](X4))
     assert torch.equal(tracer.result, model(X4))
+
+
+def test_an_unknown_name_gets_one_suggestion_in_plain_python(tmp_path):
+    script = tmp_path / "typed.py"
+    script.write_text(
+        "import torch\nfrom nnsight_eager import NNsight\n"
+        "model = NNsight(torch.nn.Sequential(torch.nn.Linear(2, 2)))\nmodel[0].weigth\n"
+    )
+    shown = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False).stderr
+    assert "`model[0]` (Linear) has no `weigth`; did you mean `weight`" in shown
+    assert shown.lower().count("did you mean") == 1
