@@ -15,6 +15,7 @@ from .current import current
 from .ears import Memory
 from .errors import EditError, NnsightEagerError, PathError, SourceError
 from .further import AtNextVisit
+from .nested import described
 from .outline import Outline, Row, Seen
 from .paths import example, in_every_layer, matching, near, spelled
 from .points import Points
@@ -228,17 +229,22 @@ class Envoy(Points):
 
     def __setattr__(self, name: str, value: Any) -> None:
         ours = getattr(type(self), name, None)
-        child = name[:-1] if name.endswith("_") and self._has_child(name[:-1]) else name
-        if name.startswith("_") or isinstance(ours, property) or (hasattr(type(self), name) and not callable(ours)):
-            try:
+        try:
+            if name.startswith("_") or isinstance(ours, property) or (hasattr(type(self), name) and not callable(ours)):
                 object.__setattr__(self, name, value)
-            except BaseException as error:
-                error.__traceback__ = for_the_reader(error.__traceback__)
-                raise
-        elif callable(ours):
-            where = spelled(self._path, name)
-            raise EditError(f"`{where}` is a method and cannot be assigned.", f"Call it: `{where}(...)`.")
-        elif name in self._other_names:
+            elif callable(ours):
+                where = spelled(self._path, name)
+                raise EditError(f"`{where}` is a method and cannot be assigned.", f"Call it: `{where}(...)`.")
+            else:
+                self._exchange(name, value)
+        except BaseException as error:
+            error.__traceback__ = for_the_reader(error.__traceback__)
+            raise
+
+    def _exchange(self, name: str, value: Any) -> None:
+        """Give the module another child, or another value of its own."""
+        child = name[:-1] if name.endswith("_") and self._has_child(name[:-1]) else name
+        if name in self._other_names:
             above, _, own = self._other_names[name].rpartition(".")
             setattr(self._tree.root.get_submodule(above), own, value)
         elif isinstance(value, torch.nn.Module) or hasattr(self._module, child):
@@ -306,8 +312,9 @@ class Envoy(Points):
         if not found:
             shown = [aliases.shown(each) for each in own]
             such_as = in_every_layer(example(shown))
+            given = f"`{path}`" if isinstance(each, str) else f"What was given, {described(each)},"
             raise PathError(
-                f"`{path}` names no module of `{kind}`{near(path, [*own, *shown])}",
+                f"{given} names no module of `{kind}`{near(path, [*own, *shown])}",
                 "Give envoys, or paths as in `print(model)`, with `*` for any one name"
                 + (f": `{such_as}`." if such_as else "."),
             )

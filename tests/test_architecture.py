@@ -124,6 +124,7 @@ MAY_IMPORT = {
         "ears",
         "errors",
         "further",
+        "nested",
         "outline",
         "paths",
         "points",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_models import X4, Stack
 
-from nnsight_eager import LanguageModel, NNsight
+from nnsight_eager import EditError, LanguageModel, NNsight
 from nnsight_eager.tracebacks import for_the_reader
 
 
@@ -79,6 +79,16 @@ def test_a_hook_of_the_users_own_is_shown():
 
 def test_nothing_is_left_out_of_no_traceback():
     assert for_the_reader(None) is None
+
+
+def assign(model):
+    model.h[0].outptu = 3
+
+
+def test_an_attribute_that_cannot_be_assigned_is_refused_at_its_line():
+    with pytest.raises(EditError, match="has no `outptu`; did you mean `output`") as caught:
+        assign(NNsight(Stack()))
+    assert functions(caught.value)[1:] == ["assign"]
 
 
 @pytest.mark.parametrize(
