@@ -114,6 +114,7 @@ def assert_only_the_model_is_shown(cells, failing, line):
     assert re.search(line, shown)
     assert "mat1 and mat2 shapes cannot be multiplied" in shown
     assert "The model was running `model[2]`." in shown
+    assert re.search(r"became \[1, 2\] float32 \(Cell In\[\d+\], line \d\)", shown)
     assert "nnsight_eager" not in shown
     assert "linear.py" in cells("%debug")
     stack = cells("w")
