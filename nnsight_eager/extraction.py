@@ -9,8 +9,6 @@ missing shards of the same forward passes, and they are the same to the bit, whe
 machine, with as many threads, without dropout.
 """
 
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ import torch
 from .activations import INDEX, Form, Index, index_of, key_of, shard_path
 from .batching import is_routed
 from .dataset import Batch, Row, batched, sharded
+from .digests import digest, plain, weights
 from .errors import ExtractError
 from .model import NNsight
 from .nested import described, first_tensor
@@ -36,6 +35,9 @@ Prepare = Callable[[list[Row]], dict[str, Any]]
 
 Share = Callable[[Path, list[int], Mapping[str, Form], Callable[[int], None]], None]
 """Has the shards of some numbers made in a folder."""
+
+Values = Callable[[Batch, Mapping[str, Form]], dict[str, torch.Tensor]]
+"""Gives what each point gives for the tokens of a batch."""
 
 SURVEYED: Final = 13
 """How many tokens tell what there is to store: a number that no model has heads or experts of."""
@@ -96,17 +98,24 @@ class Extraction:
                 for number in missing:
                     self.make(folder, number, index.points, advance)
 
-    def make(self, folder: Path, number: int, points: Mapping[str, Form], advance: Callable[[int], None]) -> None:
-        """Make one shard, which holds the same whoever makes it."""
+    def make(
+        self,
+        folder: Path,
+        number: int,
+        points: Mapping[str, Form],
+        advance: Callable[[int], None],
+        values: Values | None = None,
+    ) -> None:
+        """Make one shard, which holds the same whoever makes it; with `values` something else has the forward passes run."""
         batches = self._shards(points)[number]
         tokens = sum(self._lengths[row] for batch in batches for row in batch)
         with shard_at(shard_path(folder, number), _stored(points), tokens) as shard:
-            self._fill(shard, batches, points, advance)
+            self._fill(shard, batches, points, advance, values or self.values)
 
-    def compute(self, number: int, points: Mapping[str, Form]) -> None:
-        """Run the forward passes of one shard, which another process writes that runs them too."""
-        for batch in self._shards(points)[number]:
-            self._values(batch, points)
+    @property
+    def batches(self) -> list[Batch]:
+        """The rows of each forward pass."""
+        return self._batches
 
     def survey(self) -> dict[str, Form]:
         """What there is to store, found out once."""
@@ -116,7 +125,7 @@ class Extraction:
 
     def check_weights(self) -> None:
         """Raise where the model's weights are not those that the request was made with."""
-        if _weights(self.model) != self._request["weights"]:
+        if weights(self.model._module) != self._request["weights"]:
             raise ExtractError(
                 "The weights that a worker has loaded are not those of the model here.",
                 "Save the model with `save_pretrained`, and load it from that folder; or leave `workers` away.",
@@ -146,13 +155,13 @@ class Extraction:
     def _requested(self) -> dict[str, Any]:
         """What has to be the same for an extraction to go on; each is named in a refusal."""
         return {
-            "texts": _digest(self._rows),
+            "texts": digest(self._rows),
             "points": sorted(self._modules),
             "dtype": str(self._options.dtype),
             "batch_tokens": self._options.batch_tokens,
             "shard_bytes": self._options.shard_bytes,
-            "weights": _weights(self.model),
-            "edits": [[edit.label, _digest([*map(_plain, edit.settings)])] for edit in self.model._tree.edits],
+            "weights": weights(self.model._module),
+            "edits": [[edit.label, digest([*map(plain, edit.settings)])] for edit in self.model._tree.edits],
         }
 
     def _shards(self, points: Mapping[str, Form]) -> list[list[Batch]]:
@@ -183,10 +192,12 @@ class Extraction:
         dtype = self._options.dtype if self._options.dtype is not None and value.is_floating_point() else value.dtype
         return Form(tuple(value.shape[2:]), str(dtype).removeprefix("torch."))
 
-    def _fill(self, shard: Shard, batches: list[Batch], points: Mapping[str, Form], advance: Callable[[int], None]) -> None:
+    def _fill(
+        self, shard: Shard, batches: list[Batch], points: Mapping[str, Form], advance: Callable[[int], None], values: Values
+    ) -> None:
         """Write the batches one after another, no padding."""
         for batch in batches:
-            for path, value in self._values(batch, points).items():
+            for path, value in values(batch, points).items():
                 shard.add(key_of(path), value)
             lengths = [self._lengths[row] for row in batch]
             shard.add("row", torch.tensor([row for row in batch for _ in self._rows[row]]))
@@ -194,7 +205,7 @@ class Extraction:
             shard.add("token", torch.tensor([token for row in batch for token in self._rows[row]]))
             advance(sum(lengths))
 
-    def _values(self, batch: Batch, points: Mapping[str, Form]) -> dict[str, torch.Tensor]:
+    def values(self, batch: Batch, points: Mapping[str, Form]) -> dict[str, torch.Tensor]:
         """What each point gives for the tokens of a batch, `[tokens, ...]`; the forward is stopped behind the last."""
         keywords = self._prepare([self._rows[row] for row in batch])
         mask = keywords["attention_mask"].bool()
@@ -248,33 +259,6 @@ def _not_by_token(path: str, value: torch.Tensor | None, shape: Sequence[int]) -
         f"`{spelled(path)}` gives {what} for tokens {list(shape)} ([batch, seq]), so it has no value for each token.",
         "Ask for modules that give `[batch, seq, ...]`, such as the layers.",
     )
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _weights(model: NNsight) -> str:
-    """Tells weights apart."""
-    return _digest([*map(_sampled, model._module.state_dict().items())])
-
-
-def _plain(setting: Any) -> Any:
-    """A setting of an edit as JSON: all of a tensor, since two steering vectors may differ anywhere."""
-    return [str(setting.dtype), setting.detach().double().tolist()] if isinstance(setting, torch.Tensor) else repr(setting)
-
-
-def _sampled(named: tuple[str, Any]) -> list[Any]:
-    """A weight's name and form with eight of its values: another training of the model has others."""
-    name, weight = named
-    if not isinstance(weight, torch.Tensor):
-        return [name, str(type(weight))]
-    values: list[float] = []
-    if hasattr(weight, "full_tensor"):  # of a weight that is divided among ranks, all of which ask, that of the whole
-        weight = weight.full_tensor()
-    if weight.device.type != "meta" and weight.is_contiguous():
-        values = weight.detach().view(-1)[:: max(1, weight.numel() // 8)][:8].float().tolist()
-    return [name, str(weight.dtype), list(weight.shape), [str(value) for value in values]]
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -35,7 +35,6 @@ from .visits import (
     Visit,
     Watcher,
     Which,
-    refuse_in_checkpoint,
 )
 
 
@@ -260,7 +259,7 @@ class Run:
 
     def replace(self, visit: Visit, value: Any, path: str) -> None:
         """Have the model go on with `value`, an output or a pair `(args, kwargs)`, at the visit it is paused at."""
-        refuse_in_checkpoint(self._forward.frame, lambda: spelled(path, visit.kind))
+        self._forward.check_edit(lambda: spelled(path, visit.kind))
         if visit.kind is OUTPUT:
             before, visit.value = visit.value, value
         else:
@@ -270,7 +269,7 @@ class Run:
 
     def skip(self, visit: Visit, value: Any, path: str) -> None:
         """Leave out the forward of the module the model is about to enter, and go on with `value` as its output."""
-        refuse_in_checkpoint(self._forward.frame, lambda: spelled(path, "skip"))
+        self._forward.check_edit(lambda: spelled(path, "skip"))
         self.leave_out(visit, value)
         self.changes.append(change(path, "skip", self.step, None, value))
 

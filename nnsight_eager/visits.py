@@ -53,10 +53,12 @@ class Forward(Coroutine):
     """The model call as a coroutine, and which step it is in.
 
     `awaited`: somebody waits for a point of this step, so its end has to be told. `stop_at`: the step before which to pause.
-    `walking`: pause at every point that an ear comes by.
+    `walking`: pause at every point that an ear comes by. `in_doubt`: paused where the forward may be computed again for its
+    gradient, without the edits.
     """
 
-    __slots__ = ("applied", "around", "awaited", "differentiable", "order", "step", "stop_at", "walking", "watched")
+    __slots__ = ("applied", "around", "awaited", "differentiable", "in_doubt", "order", "step", "stop_at", "walking",
+        "watched")  # fmt: skip
 
     by_hand = False  # whether it can be gone back in, so that errors say how
     again = "Open a new trace to run the model again."  # what to do where it has ended
@@ -73,6 +75,7 @@ class Forward(Coroutine):
         self.order: Order | None = None
         self.around: list[torch.nn.Module] = []
         self.differentiable = grad_enabled()
+        self.in_doubt = False
         self.applied: Applied | None = None  # a call to be made where the forward is paused, before it goes on
 
     def learn(self, order: Order) -> None:
@@ -82,6 +85,11 @@ class Forward(Coroutine):
     def stop_before(self, step: int | None) -> None:
         """Pause before this step, or before none."""
         self.stop_at, self.watched = step, step is not None or self.order is not None
+
+    def check_edit(self, point: Callable[[], str]) -> None:
+        """Refuse an edit, where it is paused, that a computation of the gradient would not know of."""
+        if self.in_doubt:
+            refuse_in_checkpoint(self.frame, point)
 
 
 class Applied:
@@ -239,9 +247,11 @@ class Visit(Tap):
             return
         # Checkpointing runs its region without grad, or under hooks that keep its tensors out.
         before = [each._version for each in tensors(held) if not each.is_inference()]
+        forward.in_doubt = True
         forward.pause(self)
         while forward.applied is not None:
             self._apply(forward)
+        forward.in_doubt = False
         if before != [each._version for each in tensors(held) if not each.is_inference()]:
             refuse_in_checkpoint(sys._getframe(), lambda: f"{type(self.module).__name__}.{self.kind}")
 

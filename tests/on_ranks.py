@@ -5,6 +5,8 @@
 A check runs the same program on the divided model and on one that this process has alone, and compares.
 """
 
+import errno
+import itertools
 import json
 import os
 import random
@@ -492,6 +494,30 @@ def all_ranks_extract_and_rank_0_writes():
     compare(extracted(), alone)
     error = refused(lambda: divided.extract(texts[:3], points, FOLDER / f"divided-{ranks}"), nnsight_eager.ExtractError)
     assert ("Rank 0 cannot" if here else "another request") in str(error)
+
+
+@check
+def a_disk_that_is_full_on_rank_0_ends_an_extraction_on_every_rank_and_it_goes_on_when_there_is_room():
+    from nnsight_eager.shard import Shard
+
+    divided, _ = pair("llama")
+    ranks, here = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    add, added = Shard.add, itertools.count()
+
+    def full(shard, name, value):
+        if next(added) == 7:  # in the middle of a shard
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(shard, name, value)
+
+    def extracted():
+        texts = [[number, 1, 2] for number in range(8)]
+        return divided.extract(texts, ["model.layers.*"], FOLDER / f"full-{ranks}", batch_tokens=6, shard_bytes=4_000)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Shard, "add", full)
+        error = refused(extracted, nnsight_eager.ExtractError if here else OSError)
+    assert ("Rank 0 cannot extract to its folder" if here else "No space left on device") in str(error)
+    assert len(extracted()) == 8
 
 
 def refused(function, kind=nnsight_eager.RanksError):

@@ -7,7 +7,7 @@ from nnsight_eager.remote.line import Line
 from nnsight_eager.remote.model import RemoteModel
 from nnsight_eager.remote.serving import Server
 from nnsight_eager.remote.sessions import Limits
-from nnsight_eager.remote.wire import meant
+from nnsight_eager.remote.wire import answer_meant, message_sent
 
 
 def travelled(value):
@@ -29,7 +29,7 @@ class LineHere(Line):
 
     def go(self, message):
         self.sent.append(message.verb)
-        return meant(travelled(self.server.go(self._opened.session, travelled(tuple(message)))))
+        return answer_meant(travelled(self.server.go(travelled(message_sent(self._opened.session, message)))))
 
     def call(self, method, *args):
         self.sent.append(method)

@@ -61,7 +61,7 @@ MAY_IMPORT = {
         "visits",
     },
     "distributed.shown": {"distributed.layouts", "distributed.ranks", "distributed.shards", "errors", "nested"},
-    "distributed.writing": {"activations", "distributed.ranks", "errors", "extraction"},
+    "distributed.writing": {"activations", "dataset", "distributed.ranks", "errors", "extraction"},
     "distributed.spread": {
         "distributed.layouts",
         "distributed.ranks",
@@ -87,8 +87,9 @@ MAY_IMPORT = {
     "backward": {"compat", "coroutine", "entering", "errors", "nested", "snapshots", "tracebacks"},
     "blocks": {"errors", "rewriting", "texts"},
     "operations": {"errors", "rewriting", "texts"},
-    "calls": {"attention", "coroutine", "errors", "inside", "operations", "paths", "taps", "visits"},
-    "source": {"calls", "ears", "errors", "further", "operations", "paths", "points", "run", "taps", "visits"},
+    "peeling": {"errors", "operations", "texts"},
+    "calls": {"attention", "coroutine", "errors", "inside", "operations", "paths", "peeling", "taps", "visits"},
+    "source": {"calls", "ears", "errors", "further", "operations", "paths", "peeling", "points", "run", "taps", "visits"},
     "skipping": set(),
     "names": {"blocks", "rewriting"},
     "batching": {"errors", "nested"},
@@ -133,7 +134,7 @@ MAY_IMPORT = {
         "tracebacks",
         "visits",
     },
-    "steps": {"errors", "run"},
+    "steps": {"changes", "errors", "run"},
     "tracebacks": {"coroutine"},
     "trace": {
         "backward",
@@ -176,6 +177,7 @@ MAY_IMPORT = {
         "scan",
         "signatures",
         "trace",
+        "tracebacks",
         "tree",
     },
     "padding": {"errors"},
@@ -186,10 +188,12 @@ MAY_IMPORT = {
     "shard": {"activations", "errors"},
     "plot": {"errors", "language"},
     "progress": set(),
+    "digests": {"names", "peeling", "tree"},
     "extraction": {
         "activations",
         "batching",
         "dataset",
+        "digests",
         "errors",
         "model",
         "nested",
@@ -283,12 +287,14 @@ MAY_IMPORT = {
         "interactive.held",
         "interactive.predicates",
         "paths",
+        "trace",
         "tracebacks",
         "visits",
     },
     "remote.__init__": {"remote.model"},
     "remote.addresses": {"attention", "calls", "errors", "visits"},
-    "remote.packing": {"errors", "nested"},
+    "remote.room": set(),
+    "remote.packing": {"errors", "nested", "remote.room"},
     "remote.wire": {"remote.addresses", "remote.packing"},
     # The server's side
     "remote.turns": set(),
@@ -459,6 +465,11 @@ def imported(tree: ast.Module) -> set[str]:
     return plain | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
 
 
+def stub():
+    """What the package has for everybody, each name imported where it is first used."""
+    return ast.parse((PACKAGE / "__init__.pyi").read_text())
+
+
 EXAMPLES = {name for name in modules() if name.startswith("examples.")}
 
 
@@ -469,7 +480,7 @@ def test_a_module_imports_only_what_the_layout_allows(name):
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_an_example_imports_only_what_users_can_and_other_examples(name):
-    public = {alias.asname for node in modules()["__init__"].body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    public = {alias.asname for node in stub().body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert imports_of_ours(name) <= public | EXAMPLES | {"demo"}  # the model that the command line fetches
 
 
@@ -508,8 +519,17 @@ def test_modules_stay_readable():
     assert not too_long
 
 
-def test_importing_the_package_imports_neither_ipython_nor_transformers():
+def printed_by(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout.strip()
+
+
+def test_what_the_package_has_for_everybody_imports_neither_ipython_nor_transformers():
     names = ("IPython", "transformers", "accelerate", "rich", "ray")
-    code = f"import sys, nnsight_eager; print([name for name in {names} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "[]"
+    code = f"import sys; from nnsight_eager import *; LanguageModel; print([name for name in {names} if name in sys.modules])"
+    assert printed_by(code) == "[]"
+
+
+def test_importing_the_package_imports_what_is_used_and_no_more():
+    ours = "sorted(name for name in sys.modules if name.startswith('nnsight_eager'))"
+    assert printed_by(f"import sys, nnsight_eager; print({ours})") == "['nnsight_eager', 'nnsight_eager.compat']"
+    assert "nnsight_eager.extraction" not in printed_by(f"import sys; from nnsight_eager import NNsight; print({ours})")

@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import threading
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -70,7 +71,7 @@ def message(begin=None):
     return Message(1, begin, [], None, "finish", ())
 
 
-ANSWER = ((None, "", 0, False, 0, True, True), ("value",), None)
+ANSWER = ((None, "", 0, False, 0, True, True), ("value", "value"), None)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +128,33 @@ def test_a_server_that_does_not_come_back_is_waited_for_and_then_given_up(monkey
     line._actor.answers["open"] = [died()]
     with pytest.raises(ServerLostError, match="has died, and with it what this client had there"):
         line.wait_until_back()
+
+
+def dying(line, error):
+    """Have the line's actor be away for as long as it is asked."""
+    line._actor.answers["open"] = SimpleNamespace(pop=lambda _: error)
+    return line
+
+
+def test_nobody_waits_for_a_server_on_behalf_of_a_client_that_has_gone():
+    line = dying(line_to(), died())
+    threading.Timer(0.1, line.close).start()
+    with pytest.raises(ServerLostError, match="has died, and with it what this client had there"):
+        line.wait_until_back()
+
+
+def test_nobody_waits_for_a_server_on_behalf_of_a_function_whose_future_nobody_has():
+    from nnsight_eager.remote.jobs import Future
+
+    line = line_to(run_function=[died()])
+    future = Future(line, "the function", "name", retries=1)
+    dying(line, died())
+    assert not future.done()
+    waiting = future._anew
+    assert waiting.is_alive()
+    del future
+    waiting.join(60)
+    assert not waiting.is_alive()
 
 
 def test_closing_a_run_of_a_server_that_has_died_is_nothing_to_be_told_of():

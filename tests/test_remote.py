@@ -214,6 +214,47 @@ def test_what_a_tuple_has_beside_its_first_tensor_travels_only_where_it_is_read(
     assert line.sent == ["ask", "ask", "rest", "finish"]
 
 
+def test_of_the_arguments_only_the_one_that_is_asked_for_is_brought_and_the_others_are_what_they_are_there(remote, local):
+    def wider(model):
+        hidden = model.transformer.h[1].input
+        args, named = model.transformer.h[1].inputs
+        assert args[0] is model.transformer.h[1].input is hidden
+        named["position_ids"].add_(1)
+        hidden.mul_(2)
+        return args, named
+
+    with torch.no_grad(), local.trace(PROMPT):
+        expected, names = wider(local)
+        cache = expected[1].layers[0].keys
+        positions = local.transformer.h[2].inputs[1]["position_ids"]  # the same tensor is given to every block
+        logits = local.lm_head.output
+    line = remote._tree.line
+    line.sent.clear()
+    with remote.trace(PROMPT) as tracer:
+        remote.transformer.h[1].input
+        assert line.sent == ["ask"]
+        visit = tracer._run.at
+        assert repr(visit.args[1]) == "<left on the server: DynamicCache>"
+        assert repr(visit.kwargs["position_ids"]) == "<left on the server: [1, 14] int64>"
+        args, named = wider(remote)
+        assert line.sent == ["ask", "rest"]
+        assert named.keys() == names.keys()
+        assert args[1].layers[0].keys.equal(cache)
+        assert remote.transformer.h[2].inputs[1]["position_ids"].equal(positions)
+        assert remote.lm_head.output.equal(logits)
+
+
+def test_a_tensor_that_is_in_two_places_of_a_visit_is_brought_once(remote, local):
+    def given_back(model):
+        output = model.transformer.drop.output
+        assert model.transformer.drop.input is output
+        output[:, 0] = 1
+        return model.lm_head.output
+
+    with torch.no_grad(), local.trace(PROMPT), remote.trace(PROMPT):
+        assert given_back(remote).equal(given_back(local))
+
+
 def test_a_value_that_was_read_can_be_changed_after_the_run_without_anybody_noticing(remote):
     with remote.trace(PROMPT):
         hidden = remote.transformer.h[0].output
@@ -898,6 +939,7 @@ def test_who_is_not_known_is_told_so_whatever_it_asks_for(folder):
     from remote_in_process import served
 
     from nnsight_eager.remote.packing import packed
+    from nnsight_eager.remote.wire import Message, message_sent
 
     server = served(folder("gpt2"))
     session = server.open("somebody").session
@@ -908,7 +950,7 @@ def test_who_is_not_known_is_told_so_whatever_it_asks_for(folder):
     server.leave(session)
     assert not server._turns.owners()  # nothing is kept of whoever is gone
     assert server.beat(session, []) is False
-    assert server.go(session, ()) is None
+    assert server.go(message_sent(session, Message(1, None, [], None, "nothing", ()))) is None
     assert server.run_function(session, 1, packed(None)) == ("unknown", None)
     assert server.handled(session, 1, "get", None) == ("unknown", None)
     assert server.call(session, "", packed(((), {}))) == ("unknown", None)
@@ -1066,7 +1108,7 @@ def test_a_future_whose_server_is_away_is_looked_at_without_waiting_and_runs_whe
         return await_function(reference, timeout)
 
     monkeypatch.setattr(line, "await_function", dies)
-    monkeypatch.setattr(line, "wait_until_back", lambda: back.wait(60))
+    monkeypatch.setattr(line, "wait_until_back", lambda wanted: back.wait(60))
     future = remote.submit(lambda model: model.trace([[1, 2, 3]]).result.logits.shape[1], retries=1)
     assert not future.done()
     assert future.progress == (0, 0, "")
@@ -1077,6 +1119,27 @@ def test_a_future_whose_server_is_away_is_looked_at_without_waiting_and_runs_whe
     back.set()
     assert future.result(60) == 3
     assert len(lost) == 1
+
+
+def test_the_magics_lead_a_run_there_and_know_its_paths(remote, local, shell):
+    from nnsight_eager.interactive.magics import HeldRunMagics
+
+    shell.user_ns["remote"] = remote
+    magics = HeldRunMagics(shell)
+    typed = SimpleNamespace(text_until_cursor="%to transformer.h.1.m", token="transformer.h.1.m")
+    assert magics.completions(typed)["completions"] == []  # nothing is held
+    magics.trace(f"remote {PROMPT!r}")
+    assert [each.text for each in magics.completions(typed)["completions"]] == [
+        path for path, _ in local._module.named_modules() if path.startswith("transformer.h.1.m")
+    ]
+    assert repr(magics.to("transformer.h.1.mlp input")) == "paused at model.transformer.h[1].mlp.input (GPT2MLP), step 0"
+    magics.over("")
+    remote.transformer.h[1].mlp.output *= 0
+    magics.to("lm_head")
+    magics.back("transformer.h.0")
+    magics.back("")
+    with torch.no_grad(), local.trace(PROMPT):
+        assert magics.finish("").result.logits.equal(local.lm_head.output)
 
 
 def test_a_run_that_is_over_says_so(remote):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import tempfile
 import threading
 import time
 from importlib.util import find_spec
@@ -51,8 +52,14 @@ def served(saved, tmp_path_factory):
     try:
         with serving(saved, "llama", tmp_path_factory.mktemp("server"), "--tp", "2") as address_and_process:
             yield address_and_process
+        assert not meeting_places(address_and_process[1])
     finally:
         del os.environ["NNSIGHT_EAGER_RANKS_TIMEOUT"]
+
+
+def meeting_places(process):
+    """The folders in which the ranks of a command meet."""
+    return [*Path(tempfile.gettempdir()).glob(f"nnsight_eager-{process}-*")]
 
 
 @pytest.fixture
@@ -130,6 +137,10 @@ def same(there, here):
 @pytest.mark.parametrize("program", [edited, heads, generated, by_hand, cached], ids=lambda program: program.__name__)
 def test_a_program_gives_what_it_gives_in_one_process(program, remote, local):
     same(program(remote), program(local))
+
+
+def test_the_ranks_meet_in_a_folder_that_is_gone_with_the_command(served):  # which the fixture looks for in the end
+    assert [file.name.startswith("ranks-") for folder in meeting_places(served[1]) for file in folder.iterdir()] == [True]
 
 
 def test_a_function_runs_on_every_rank_with_gradients_and_as_the_block_of_a_trace(remote, local):

@@ -1,5 +1,6 @@
 """A model on a Ray cluster of this machine, on the loopback: the README's session, deaths, and many clients at once."""
 
+import contextlib
 import filecmp
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_ray import serving
+from on_ray import below, serving
 from small_models import FOLDER
 from test_readme import README
 
@@ -35,10 +36,15 @@ SESSION = re.findall(r"^```py\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def address(folder, tmp_path_factory):
-    """The address of a cluster that serves `gpt2`."""
-    with serving(folder("gpt2"), "gpt2", tmp_path_factory.mktemp("server"), "--silence-limit", str(SILENCE)) as (address, _):
-        yield address
+def served(folder, tmp_path_factory):
+    """The address of a cluster that serves `gpt2`, and the process of the command."""
+    with serving(folder("gpt2"), "gpt2", tmp_path_factory.mktemp("server"), "--silence-limit", str(SILENCE)) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def address(served):
+    return served[0]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +139,58 @@ def test_two_workers_write_the_same_files_as_one_process(remote, local, tmp_path
     names = sorted(path.name for path in (tmp_path / "alone").iterdir())
     assert len(names) > 5
     assert filecmp.cmpfiles(tmp_path / "alone", tmp_path / "shared", names, shallow=False) == (names, [], [])
+
+
+def killing(process):
+    """A thread that kills the process that `process` gives, as soon as it gives one; and what it has killed."""
+    killed = []
+
+    def kill():
+        until = time.monotonic() + PATIENCE
+        while not killed and time.monotonic() < until:
+            if (found := process()) is not None:
+                os.kill(found, signal.SIGKILL)
+                killed.append(found)
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread, killed
+
+
+@pytest.mark.parametrize("where", ["a worker", "the server"])
+def test_an_extraction_whose_process_is_killed_in_the_middle_is_the_same_to_the_bit(where, remote, local, served, tmp_path):
+    def at_work():
+        """A worker that makes a shard, while others have been made."""
+        if [*(tmp_path / "killed").glob("shard-*.safetensors")] and [*(tmp_path / "killed").glob("shard-*.part")]:
+            for each in below(served[1]):
+                with contextlib.suppress(OSError):
+                    if b"ray::Worker.make" in Path(f"/proc/{each}/cmdline").read_bytes():
+                        return each
+        return None
+
+    def serving():
+        return remote.status()["pid"] if len([*(tmp_path / "killed").glob("shard-*.safetensors")]) > 1 else None
+
+    texts = [PROMPT + " of" * number for number in range(24)]
+    options = {"batch_tokens": 100, "shard_bytes": 12_000}
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    thread, killed = killing(at_work if where == "a worker" else serving)
+    try:
+        here, there = (model.edit(lambda: time.sleep(0.1)) for model in (local, remote))
+        if where == "a worker":
+            here.extract(texts, ["transformer.h.*"], tmp_path / "killed", workers=2, **options)
+        else:
+            there.extract(texts, ["transformer.h.*"], tmp_path / "killed", retries=1, **options)
+        here.extract(texts, ["transformer.h.*"], tmp_path / "alone", **options)
+    finally:
+        torch.set_num_threads(before)
+        thread.join()
+    assert killed
+    names = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "killed").iterdir())
+    assert filecmp.cmpfiles(tmp_path / "alone", tmp_path / "killed", names, shallow=False) == (names, [], [])
 
 
 def test_a_client_that_is_killed_has_its_runs_closed(remote, address):

@@ -90,9 +90,9 @@ class Environment(NamedTuple):
 
 
 TESTS_NEED = ("pytest>=8.4", "hypothesis>=6.100", "psutil>=6", "gguf==0.19.0", "peft>=0.17", "coverage>=7.6", "ipython>=9")
-USUAL = ("transformers>=5", "greenlet", "accelerate>=1.10", "rich>=13", *TESTS_NEED)
+USUAL = ("transformers>=5", "greenlet", "accelerate>=1.10", "lazy_loader>=0.4", "rich>=13", *TESTS_NEED)
 EARLIER = ("transformers>=4.57,<4.58", *USUAL[1:])
-ALONE = ("greenlet", "rich>=13", "pytest>=8.4")
+ALONE = ("greenlet", "lazy_loader>=0.4", "rich>=13", "pytest>=8.4")
 ENVIRONMENTS = [
     Environment("transformers 4.57", "3.11", (TORCH, *EARLIER), OF_TRANSFORMERS),
     Environment("transformers 5, torchao", "3.11", (TORCH, *USUAL, "torchao>=0.18"), OF_TRANSFORMERS),

@@ -2,7 +2,8 @@
 
     write_together(extraction, folder, ranks)         # on every rank
 
-Rank 0 knows what is missing in the folder, and says before each shard which one it makes.
+Rank 0 knows what is missing in the folder, and says before each forward pass which one it is. What goes wrong in a forward pass
+does on all ranks; what goes wrong where only rank 0 is at work, as on a full disk, it says in the place of the next one.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,12 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from ..activations import Form
+from ..dataset import Batch
 from ..errors import ExtractError
 from ..extraction import Extraction
 from .ranks import Ranks
 
-NEXT: Final = "the next shard of an extraction"
+NEXT: Final = "the next forward pass of an extraction"
 DONE: Final = -1
 REFUSED: Final = -2
 
@@ -26,9 +30,10 @@ def write_together(extraction: Extraction, folder: Path, ranks: Ranks) -> None:
     if ranks.here == 0:
         _lead(extraction, folder, ranks)
         return
-    while (number := ranks.agree(NEXT)[0]) >= 0:
-        extraction.compute(number, points)
-    if number == REFUSED:
+    beginning_with = {batch[0]: batch for batch in extraction.batches}
+    while (row := ranks.agree(NEXT)[0]) >= 0:
+        extraction.values(beginning_with[row], points)
+    if row == REFUSED:
         raise ExtractError("Rank 0 cannot extract to its folder.", "It says why.")
 
 
@@ -60,9 +65,13 @@ def _make(
     advance: Callable[[int], None],
 ) -> None:
     """Make the shards of these numbers, with the others."""
-    for number in numbers:
-        ranks.agree(NEXT, number)
+
+    def together(batch: Batch, points: Mapping[str, Form]) -> dict[str, torch.Tensor]:
         try:
-            extraction.make(folder, number, points, advance)
+            ranks.agree(NEXT, batch[0])
+            return extraction.values(batch, points)
         except BaseException as error:
             raise _Failed(error) from None
+
+    for number in numbers:
+        extraction.make(folder, number, points, advance, together)

@@ -21,6 +21,7 @@ from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 
 from ..errors import NnsightEagerError
 from ..paths import example
+from ..trace import Trace
 from ..tracebacks import at_the_users_line
 from ..visits import INPUT, OUTPUT
 from . import predicates
@@ -167,10 +168,16 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
     @property
     def _run(self) -> HeldRun:
         """The run that `%trace` has begun, or that the user has called `run`."""
-        run = self.shell.user_ns.get("run")
-        if not isinstance(run, HeldRun):
+        run = self._held
+        if run is None:
             raise UsageError('No run is held as `run`: begin one with `%trace model "a prompt"`.')
         return run
+
+    @property
+    def _held(self) -> HeldRun | None:
+        """The run that is called `run`, if one is; on a server its calls are the same."""
+        run = self.shell.user_ns.get("run")
+        return run if isinstance(run, Trace) and run.by_hand else None  # type: ignore[return-value]
 
     @context_matcher()  # type: ignore[untyped-decorator]
     def completions(self, context: CompletionContext) -> dict[str, Any]:
@@ -182,13 +189,12 @@ class HeldRunMagics(Magics):  # type: ignore[misc]
 
     def _go_on_with(self, magic: str, path: str | None, begun: str) -> list[str]:
         """The words that go on from what is typed of one."""
-        run = self.shell.user_ns.get("run")
         if magic == "until":
             words = [*predicates.__all__]
         elif path:
             words = [INPUT, OUTPUT]
         else:
-            words = run.paths() if isinstance(run, HeldRun) else []
+            words = [] if self._held is None else self._held.paths()
         return [word for word in words if word.startswith(begun) and not word.startswith("_")]
 
 

@@ -9,8 +9,8 @@ actor = found("llama")
 import os
 import socket
 import sys
-import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -109,11 +109,11 @@ def companion(kind: type, arguments: tuple[Any, ...], cpus: float, gpus: float) 
     return ray_module().remote(kind).options(**options).remote(*arguments)
 
 
-def meeting_place() -> str:
-    """Where the ranks of a process group meet, of which this is the first: a file, where all of the cluster is here."""
+def meeting_place(folder: str) -> str:
+    """Where the ranks of a process group meet, of which this is the first: where all of the cluster is here, a file."""
     address = ray_module().util.get_node_ip_address()
     if address.startswith("127."):
-        return f"file://{tempfile.mkdtemp(prefix='nnsight_eager')}/ranks"
+        return f"file://{folder}/ranks-{uuid.uuid4().hex}"
     with socket.socket() as held:
         held.bind((address, 0))
         return f"tcp://{address}:{held.getsockname()[1]}"

@@ -4,7 +4,9 @@ python -m nnsight_eager serve openai-community/gpt2 --name gpt2
 """
 
 import argparse
+import os
 import signal
+import tempfile
 import threading
 from typing import Any
 
@@ -54,12 +56,19 @@ def serve(arguments: list[str]) -> int:
             "`--tp N` divides each layer among N ranks, `--device-map auto` spreads layers over the devices of one actor.",
         )
     ended = threading.Event()
+    with tempfile.TemporaryDirectory(prefix=f"nnsight_eager-{os.getpid()}-", ignore_cleanup_errors=True) as folder:
+        _hold(options, ended, folder)
+    return 0
+
+
+def _hold(options: argparse.Namespace, ended: threading.Event, folder: str) -> None:
+    """Hold the model until the command is ended; the folder is there for as long."""
     try:
         address = _cluster(options)
         for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own there
             signal.signal(number, lambda *_: ended.set())
         cluster.refuse_without_room(options.tp * options.cpus, options.tp * options.gpus)
-        actor = _placed(options)
+        actor = _placed(options, folder)
         cluster.wait_for(actor, options.name, ended)
         if not ended.is_set():
             print(f'`{options.name}` is served: nnsight_eager.connect("{options.name}", address="{address}")', flush=True)
@@ -67,16 +76,15 @@ def serve(arguments: list[str]) -> int:
         cluster.end(actor)
     finally:
         cluster.leave()
-    return 0
 
 
-def _placed(options: argparse.Namespace) -> Any:
+def _placed(options: argparse.Namespace, folder: str) -> Any:
     """The actor that is served, alone or the first of several ranks."""
     given = options.model, options.name, _loading(options), _limits(options)
     each = options.cpus, options.gpus
     if options.tp == 1:
         return cluster.place(Server, options.name, given, *each)
-    return cluster.place(FirstRank, options.name, (*given, options.tp, *each), *each)
+    return cluster.place(FirstRank, options.name, (*given, options.tp, *each, folder), *each)
 
 
 def _cluster(options: argparse.Namespace) -> str:

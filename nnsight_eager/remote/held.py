@@ -33,6 +33,8 @@ class RemoteHeld(Shown, RemoteTrace):
 
     __slots__ = ("__weakref__",)
 
+    by_hand = True
+
     def __init__(self, trace: RemoteTrace, run: RemoteRun) -> None:
         super().__init__(trace._tree, trace._name, trace._call, None, trace._begin_run, trace._root_envoy, trace._submit)
         self._run: Any = run

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -95,25 +96,36 @@ class Future:
                     self._outcome = "raised", lost
                 continue
             if how == "unknown":  # the server was started anew before the function came there
-                self._begin_anew(self._line.forget_session)
+                self._begin_anew(lambda _: self._line.forget_session())
             else:
                 self._outcome = how, value
         return self._outcome
 
-    def _begin_anew(self, first: Callable[[], None]) -> None:
+    def _begin_anew(self, first: Callable[[Callable[[], bool]], None]) -> None:
         """Submit the function once more after `first`, on a thread: whoever only looks does not wait for a server."""
-        self._anew = threading.Thread(target=self._submit_after, args=(first,), daemon=True)
+        self._anew = threading.Thread(target=_submit_after, args=(first, weakref.ref(self)), daemon=True)
         self._anew.start()
-
-    def _submit_after(self, first: Callable[[], None]) -> None:
-        try:
-            first()
-            self._submit()
-        except Exception as error:
-            self._outcome = "raised", error
 
     def __repr__(self) -> str:
         return f"<{self._name} on {self._line.name}: {'done' if self.done() else self.progress}>"
+
+
+def _submit_after(first: Callable[[Callable[[], bool]], None], future: "weakref.ref[Future]") -> None:
+    """Submit a function once more, unless nobody has its future any more; `first` is told whether somebody does."""
+    try:
+        first(lambda: future() is not None)
+        error = None
+    except Exception as raised:
+        error = raised
+    this = future()
+    if this is None:
+        return
+    try:
+        if error is not None:
+            raise error
+        this._submit()
+    except Exception as raised:
+        this._outcome = "raised", raised
 
 
 @contextmanager

@@ -12,11 +12,12 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any, Final
 
 from ..errors import ServerLostError
 from .cluster import ray_module
-from .wire import Answer, Message, Opened, meant
+from .wire import Answer, Message, Opened, answer_meant, message_sent
 
 PATIENCE: Final = 600.0
 """How many seconds a server may take to be there again: it has its model to load."""
@@ -42,6 +43,7 @@ class Line:
         self._forgotten: list[tuple[str, int]] = []
         self._opened: Opened | None = None
         self._count = 0
+        self._closings = 0
 
     @property
     def session(self) -> Opened:
@@ -70,7 +72,7 @@ class Line:
         """Send a message; raises `Lost` where the run that it is for is lost."""
         try:
             session = self.session
-            answer = self._ray.get(self._actor.go.remote(session.session, tuple(message)))
+            answer = self._ray.get(self._actor.go.remote(message_sent(session.session, message)))
         except self._died as error:
             raise self._lost(error) from None
         if answer is None:
@@ -78,7 +80,7 @@ class Line:
             if message.begin is not None:
                 return self.go(message)  # nothing is lost: the server was started anew since, and the run begins now
             raise Lost("it was started anew, and knows this client no more")
-        return meant(answer)
+        return answer_meant(answer)
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the server that answers with what came of it, and how."""
@@ -129,16 +131,17 @@ class Line:
         except self._died as error:
             raise self.lost(self._lost(error), "the function that was submitted") from None
 
-    def wait_until_back(self) -> None:
-        """Wait until the actor, which has died, is there again and knows this client."""
-        until = time.monotonic() + PATIENCE
+    def wait_until_back(self, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Wait until the actor, which has died, is there again and knows this client, as long as that is `wanted`."""
+        until, closings = time.monotonic() + PATIENCE, self._closings
         while True:
             try:
                 _ = self.session
                 return
             except self._died as error:
                 gone = self._lost(error)
-                if "no_restart" in str(error) or time.monotonic() > until:
+                over = "no_restart" in str(error) or time.monotonic() > until
+                if over or self._closings != closings or not wanted():
                     raise self.lost(gone, "what this client had there") from None
                 time.sleep(0.25)
 
@@ -161,6 +164,7 @@ class Line:
 
     def close(self) -> None:
         """Go; what this client has on the server goes with it."""
+        self._closings += 1
         opened, self._opened = self._opened, None
         if opened is not None and self._ray.is_initialized():
             # It may be gone already, or hear nothing of this client any more.

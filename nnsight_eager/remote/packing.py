@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from ..nested import described
+from .room import copy_of
 
 Form = tuple[tuple[int, ...], str]
 """What a tensor's memory means: its shape, and the name of its dtype as torch spells it."""
@@ -31,16 +32,18 @@ NAMELESS: Final = frozenset((str, int, float, bool, bytes, type(None), tuple, li
 
 
 class Left:
-    """A tensor that was left where it is: among the values of a paused run, by its number there."""
+    """A value that was left where it is: among those of a paused run, by its number there."""
 
-    __slots__ = ("dtype", "number", "shape")
+    __slots__ = ("number", "what")
 
-    def __init__(self, number: int, form: Form) -> None:
+    def __init__(self, number: int, what: Form | str) -> None:
         self.number = number
-        self.shape, self.dtype = meant(form)
+        self.what = what
+        """The form of a tensor, else the name of a type."""
 
     def __repr__(self) -> str:
-        return f"<left on the server: {list(self.shape)} {str(self.dtype).removeprefix('torch.')}>"
+        what = self.what if isinstance(self.what, str) else f"{list(self.what[0])} {self.what[1]}"
+        return f"<left on the server: {what}>"
 
 
 class Packed(NamedTuple):
@@ -51,6 +54,11 @@ class Packed(NamedTuple):
     forms: list[Form]
     marks: list[Hashable]
     """What each tensor is called on the side that has packed it; `None` where it has no name there."""
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensors."""
+        return sum(memoryview(each).nbytes for each in self.memory)
 
 
 Marks = Callable[[torch.Tensor], tuple[Hashable, bool]]
@@ -78,6 +86,8 @@ def packed(
             return None
         if places is not None and (name := places(each)) is not None:
             return "there", name
+        if type(each) is Left:
+            return "left", (each.number, each.what)
         # Where tensors have names a parameter is one of them; else it stays a parameter, of a plain tensor.
         kind = torch.Tensor if type(each) is torch.Tensor or marks is not None else ()
         if not isinstance(each, kind) or each.layout is not torch.strided or each.device.type == "meta":
@@ -100,11 +110,12 @@ def unpacked(
     *,
     known: Callable[[Hashable, torch.Tensor], None] | None = None,
     there: Callable[[Any], Any] | None = None,
+    left: Callable[[Left], Any] | None = None,
     device: torch.device | None = None,
 ) -> Any:
     """The value that was packed, with tensors of its own; `known` is told what each is called on the other side.
 
-    `there` gives what this side has under a name.
+    `there` gives what this side has under a name, `left` what it has, if it does, of what was left on the other.
     """
     values = [tensor_of(memory, form) for memory, form in zip(sent.memory, sent.forms, strict=True)]
     if device is not None and device.type not in ("cpu", "meta"):  # pragma: no cover: needs CUDA
@@ -121,7 +132,7 @@ def unpacked(
         if kind == "sent":
             return values[name]
         if kind == "left":
-            return Left(*name)
+            return Left(*name) if left is None else left(Left(*name))
         assert there is not None
         return there(name)
 
@@ -159,7 +170,7 @@ def tensor_of(memory: Any, form: Form) -> torch.Tensor:
     shape, dtype = meant(form)
     if not shape.numel():
         return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(bytearray(memory), dtype=dtype).reshape(shape)
+    return torch.frombuffer(copy_of(memory), dtype=dtype).reshape(shape)
 
 
 def _pickled(value: Any, persistent: Callable[[Any], Any], by_value: bool) -> bytes:

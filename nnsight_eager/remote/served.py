@@ -30,17 +30,48 @@ from ..trace import Trace
 from ..visits import OUTPUT, Kind, Visit, Which
 from .addresses import Address, Paths, same
 from .holding import held_bytes, nbytes
-from .packing import Packed, packed, unpacked
+from .packing import Form, Packed, form_of, packed, unpacked
 from .pictures import pictured
-from .wire import Answer, At, Begin, Message, Writes
+from .wire import Answer, Arguments, At, Begin, Message, Writes
 
 TORCHS_FOLDER: Final = os.path.dirname(torch.__file__)
+
+PLAIN: Final = frozenset((type(None), bool, int, float, str))
+"""Arguments that are sent rather than told of."""
 
 StoredEdit = tuple[str, Any, tuple[Any, ...]]
 """An edit as it is sent: its label, its program, its settings."""
 
 Refs = Callable[[Any], Any]
 """Gives what a client has a handle of, by its name."""
+
+
+class Known:
+    """What a client knows by number of the visit that its run is paused at, and what of it was brought."""
+
+    __slots__ = ("_brought", "_values")
+
+    def __init__(self) -> None:
+        self._values: list[Any] = []
+        self._brought: set[int] = set()
+
+    def __getitem__(self, number: int) -> Any:
+        return self._values[number]
+
+    def number_of(self, value: Any) -> int:
+        """The number of a value."""
+        for number, each in enumerate(self._values):
+            if each is value:
+                return number
+        self._values.append(value)
+        return len(self._values) - 1
+
+    def to_bring(self, number: int) -> bool:
+        """Whether a value is to be brought, which is done once."""
+        if number in self._brought:
+            return False
+        self._brought.add(number)
+        return True
 
 
 class ServedRun:
@@ -51,7 +82,7 @@ class ServedRun:
         self._root = model._module
         self._refs = refs
         self._paths = paths
-        self._there: list[torch.Tensor] = []  # of the visit it is paused at, by the number the client knows them by
+        self._known = Known()
         self._caches: list[Cache] = []
         self._random = _seeded(begin.seed)
         self._held: HeldRun | None = None
@@ -69,7 +100,7 @@ class ServedRun:
     def of(cls, earlier: "ServedRun", held: HeldRun) -> "ServedRun":
         """A fork of a run that is held by hand."""
         fork = cls.__new__(cls)
-        fork.__dict__.update(vars(earlier), _held=held, _trace=held, _there=[], _caches=[])
+        fork.__dict__.update(vars(earlier), _held=held, _trace=held, _known=Known(), _caches=[])
         return fork
 
     def _call(self, model: NNsight, begin: Begin) -> Call:
@@ -117,7 +148,7 @@ class ServedRun:
         run = self.run
         leave(run)
         run.close()
-        self._there = []
+        self._known = Known()
 
     def nbytes(self, weights: frozenset[int]) -> int:
         """The memory that it holds."""
@@ -127,32 +158,45 @@ class ServedRun:
 
     # Verbs: what a message can say
 
-    def _ask(self, address: Address, kind: Kind, path: str, which: Which, bring: str) -> Packed | None:
+    def _ask(self, address: Address, kind: Kind, path: str, which: Which, bring: str) -> Packed | Arguments | None:
         """On to a point, and bring what is asked for of it."""
         self.run.ask(self._module_at(address), same(kind), path, which)
-        self._there = []
+        self._known = Known()
         return self._bring(bring) if bring else None
 
     def _listen(self, address: Address) -> None:
         owner, _, _ = address
         self.run.listen(part_of(self.run, self._root.get_submodule(owner), owner, ()))
 
-    def _bring(self, what: str) -> Packed:
-        """What there is at the visit the run is paused at: the first tensor, or with `all` every one."""
+    def _bring(self, what: str) -> Packed | Arguments:
+        """What there is at the visit the run is paused at: of an output or of the first argument the first tensor.
+
+        Further arguments are left here, each as a whole: nothing is looked for in them before they are asked for.
+        """
         visit = self._paused()
-        first = first_tensor(visit.value if what.startswith(OUTPUT) else (visit.args, visit.kwargs))
-        every = what.endswith("all")
+        if what == OUTPUT:
+            return self._packed(visit.value, first_tensor(visit.value))
+        first, *others = [*visit.args, *visit.kwargs.values()] or [None]
+        told = [each if type(each) in PLAIN else self._left(each) for each in others]
+        brought = self._packed(first, first_tensor(first))
+        return Arguments(brought, told, len(visit.args), [*visit.kwargs], visit.inputs_unchanged())
+
+    def _rest(self, numbers: list[int]) -> Packed:
+        """Values that were left here."""
+        return self._packed([self._known[number] for number in numbers])
+
+    def _packed(self, value: Any, only: torch.Tensor | None = None) -> Packed:
+        """A value with its tensors, or with this one only, but for those that the client has been brought at this visit."""
 
         def marks(tensor: torch.Tensor) -> tuple[Hashable, bool]:
-            return self._number(tensor), every or tensor is first
+            number = self._known.number_of(tensor)
+            return number, (only is None or tensor is only) and self._known.to_bring(number)
 
-        if what.startswith(OUTPUT):
-            return packed(visit.value, marks, self._paths.name, by_value=False)
-        return packed((visit.args, visit.kwargs, visit.inputs_unchanged()), marks, self._paths.name, by_value=False)
+        return packed(value, marks, self._paths.name, by_value=False)
 
-    def _rest(self, numbers: list[int]) -> list[Packed]:
-        """Tensors that were left here."""
-        return [packed(self._there[number], lambda _, number=number: (number, True)) for number in numbers]  # type: ignore[misc]
+    def _left(self, value: Any) -> tuple[int, Form | str]:
+        """What is told of a value that stays here."""
+        return self._known.number_of(value), form_of(value) if isinstance(value, torch.Tensor) else type(value).__name__
 
     def _value(self, kind: Kind) -> Any:
         """What is paused at, itself, for a handle."""
@@ -167,11 +211,11 @@ class ServedRun:
         return self.run._ears.at(self._module_at(address)).going_on
 
     def _to_step(self, step: int) -> bool:
-        self._there = []
+        self._known = Known()
         return self.run.to_step(step)
 
     def _finish(self) -> None:
-        self._there = []
+        self._known = Known()
         run = self.run
         run.finish()
         leave(run)
@@ -211,7 +255,7 @@ class ServedRun:
 
     def _by_hand(self, name: str, *args: Any) -> None:
         """One of the calls that lead it somewhere."""
-        self._there = []
+        self._known = Known()
         assert self._held is not None
         getattr(self._held, name)(*map(same, args))
 
@@ -240,7 +284,7 @@ class ServedRun:
         visit = self._paused()
         for number, value in writes.changed:
             with torch.no_grad():
-                self._there[number].copy_(unpacked(value))
+                self._known[number].copy_(unpacked(value))
         if writes.replaced is None:
             return
         kind, sent = writes.replaced
@@ -254,7 +298,7 @@ class ServedRun:
 
     def _there_or_ref(self, name: Any) -> Any:
         """A tensor that the client has read here, or that it has a handle of."""
-        return self._there[name] if isinstance(name, int) else self._refs(name)
+        return self._known[name] if isinstance(name, int) else self._refs(name)
 
     # Inside
 
@@ -263,14 +307,6 @@ class ServedRun:
         if visit is None:
             raise RunEndedError("The run is not paused at a point.", "Read a point first.")
         return visit
-
-    def _number(self, tensor: torch.Tensor) -> int:
-        """The number of a tensor of this visit."""
-        for number, each in enumerate(self._there):
-            if each is tensor:
-                return number
-        self._there.append(tensor)
-        return len(self._there) - 1
 
     def _module_at(self, address: Address) -> torch.nn.Module:
         """The module or the part of one that is asked for."""

@@ -2,7 +2,7 @@
 
     server = Server(folder, "llama", options, Limits())
     opened = server.open("alice@laptop")
-    server.go(opened.session, Message(run=1, begin=..., verb="ask", ...))      # an `Answer`
+    server.go(message_sent(opened.session, Message(run=1, begin=..., verb="ask", ...)))      # an `Answer`, as it is sent
 
 It is a plain class; `cluster.place` makes it an actor, whose methods Ray calls on threads of its own. Runs are independent
 coroutines, each on its lane, and take turns at computing.
@@ -31,7 +31,7 @@ from .packing import Packed, form_of, packed, unpacked
 from .ranks import Alone
 from .served import ServedRun, device_of, told
 from .sessions import Limits, Seat, Session, Sessions
-from .wire import VERSION, Answer, At, Description, Message, Opened, plain
+from .wire import VERSION, Answer, At, Description, Message, Opened, answer_sent, message_meant
 
 NOWHERE: Final = At(None, "", 0, False, 0, False, True)
 
@@ -122,24 +122,24 @@ class Server:
 
     # Runs
 
-    def go(self, session: int, sent: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def go(self, sent: Any) -> Any:
         """Take a run as far as a message says; `None` where the client is not known, after a restart."""
+        session, message = message_meant(sent)
         try:
             found = self._sessions[session]
         except KeyError:
             return None
-        message = Message(*sent)
         limit = self._sessions.limits.memory
         try:
             if message.begin is not None and limit is not None:
                 self._refuse_more(found, limit)
-            with self._ranks.alike("go", session, sent) as call:
+            with self._ranks.alike("go", sent) as call:
                 answer = self._gone(found, message, call)
         except Exception as error:
-            return plain(Answer(NOWHERE, None, told(error)))
+            return answer_sent(Answer(NOWHERE, None, told(error)))
         if limit is not None and not answer.at.finished and not isinstance(answer.value, At):
             answer = self._within_memory(found, message.run, answer, limit)
-        return plain(answer)
+        return answer_sent(answer)
 
     def _gone(self, found: Session, message: Message, call: int) -> Answer:
         """What came of a message."""

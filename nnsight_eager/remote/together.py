@@ -19,10 +19,18 @@ class FirstRank(Server):
     """Rank 0, whose values are whole where clients see them."""
 
     def __init__(
-        self, name_or_folder: str, name: str, options: dict[str, Any], limits: Limits, size: int, cpus: float, gpus: float
+        self,
+        name_or_folder: str,
+        name: str,
+        options: dict[str, Any],
+        limits: Limits,
+        size: int,
+        cpus: float,
+        gpus: float,
+        folder: str,
     ) -> None:
-        """Make the other ranks, and load this one's part of the model while they load theirs."""
-        meeting = cluster.meeting_place()
+        """Make the other ranks, and load this one's part of the model while they load theirs; they meet in a `folder`."""
+        meeting = cluster.meeting_place(folder)
         given = name_or_folder, name, options, limits._replace(memory=None), size, meeting
         others = [cluster.companion(OtherRank, (*given, rank), cpus, gpus) for rank in range(1, size)]
         join(0, size, meeting)

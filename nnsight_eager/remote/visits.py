@@ -16,7 +16,7 @@ from ..nested import items, with_items
 from ..visits import INPUT, OUTPUT, Kind
 from .addresses import same
 from .packing import Left, Packed, packed, unpacked
-from .wire import At, Writes
+from .wire import Arguments, At, Writes
 
 Send = Callable[..., Any]
 """Sends a verb and its arguments, and gives what was asked for."""
@@ -48,12 +48,12 @@ class RemoteVisit:
 
     # What is here
 
-    def has_brought(self, sent: Packed) -> None:
+    def has_brought(self, sent: Any) -> None:
         """What the visit's answer has brought along."""
-        if self.kind is OUTPUT:
-            self._value = self._unpacked(sent)
-        else:
+        if isinstance(sent, Arguments):
             self._take_inputs(sent)
+        else:
+            self._value = self._unpacked(sent)
 
     @property
     def value(self) -> Any:
@@ -64,7 +64,7 @@ class RemoteVisit:
 
     @property
     def args(self) -> tuple[Any, ...]:
-        """The positional arguments, of which the first tensor is brought."""
+        """The positional arguments, of which the first is brought."""
         return self._arguments()[0]  # type: ignore[no-any-return]
 
     @property
@@ -77,9 +77,12 @@ class RemoteVisit:
             self._take_inputs(self._send("bring", INPUT))
         return self._inputs
 
-    def _take_inputs(self, sent: Packed) -> None:
-        args, kwargs, self._unchanged = self._unpacked(sent)
-        self._inputs = args, kwargs
+    def _take_inputs(self, sent: Arguments) -> None:
+        told = (Left(*each) if type(each) is tuple else each for each in sent.others)
+        first, *others = self._unpacked(sent.first), *told
+        every = [first, *others][: sent.positional + len(sent.names)]
+        named = dict(zip(sent.names, every[sent.positional :], strict=True))
+        self._inputs, self._unchanged = (tuple(every[: sent.positional]), named), sent.unchanged
 
     def inputs_unchanged(self) -> bool:
         """Whether the inputs still hold what the module received."""
@@ -89,16 +92,16 @@ class RemoteVisit:
 
     def part(self, whole: Any, kind: str) -> Any:
         """What is seen of a value: where all of it is asked for, also what was left on the server."""
-        if kind not in (OUTPUT, "inputs") or not (left := [*_left(whole)]):
+        if isinstance(whole, torch.Tensor) or kind not in (OUTPUT, INPUT, "inputs") or not (left := [*_left(whole)]):
             return whole
-        brought = self._send("rest", [each.number for each in left])
-        values = {each.number: self._unpacked(sent) for each, sent in zip(left, brought, strict=True)}
-        whole = _filled(whole, values)
+        brought = self._unpacked(self._send("rest", [each.number for each in left]))
+        values = dict(zip((each.number for each in left), brought, strict=True))
+        filled = _filled(whole, values)
         if kind == OUTPUT:
-            self._value = whole
+            self._value = filled
         else:
-            self._inputs = whole
-        return whole
+            self._inputs = filled if kind == "inputs" else _filled(self._inputs, values)
+        return filled
 
     def begin_change(self) -> None:
         """A new value is about to be built of the one that is here."""
@@ -143,7 +146,11 @@ class RemoteVisit:
         return known[0] if known is not None else self._name_of(each)
 
     def _unpacked(self, sent: Packed) -> Any:
-        return unpacked(sent, known=self._learn, there=self._here)
+        return unpacked(sent, known=self._learn, there=self._here, left=self._known_or_left)
+
+    def _known_or_left(self, left: Left) -> Any:
+        """A tensor that was brought at this visit before, else what tells that it was not."""
+        return next((tensor for number, tensor, _ in self._known.values() if number == left.number), left)
 
     def _learn(self, number: Hashable, tensor: torch.Tensor) -> None:
         self._known[id(tensor)] = number, tensor, tensor._version  # type: ignore[assignment]
@@ -156,7 +163,7 @@ def _left(value: Any) -> list[Left]:
     return [left for _, each in items(value) for left in _left(each)]
 
 
-def _filled(value: Any, brought: dict[int, torch.Tensor]) -> Any:
+def _filled(value: Any, brought: dict[int, Any]) -> Any:
     """A value with what was brought in the place of what was left."""
     if isinstance(value, Left):
         return brought[value.number]

@@ -7,12 +7,15 @@ One message takes a run as far as it is asked to go: it has the changes made sin
 that was asked for. So a read is one call of the actor, and an edit none of its own.
 """
 
+import marshal
 from typing import Any, Final, NamedTuple
 
 from .addresses import Address
 from .packing import Packed
 
-VERSION: Final = 2
+VERSION: Final = 3
+INLINE: Final = 64 * 1024
+"""The bytes of tensors that travel within an answer; more go beside it, through Ray's store, and are not copied on the way."""
 
 
 class Begin(NamedTuple):
@@ -41,6 +44,19 @@ class Message(NamedTuple):
     writes: Writes | None
     verb: str
     args: tuple[Any, ...]
+
+
+class Arguments(NamedTuple):
+    """What a module was called with: the first argument, and what is told of the others."""
+
+    first: Packed
+    others: list[Any]
+    """Plain values, and a tuple for what was left on the server: the number and the form that a `Left` has."""
+    positional: int
+    """How many of them all have no name."""
+    names: list[str]
+    unchanged: bool
+    """Whether they still hold what the module received."""
 
 
 class At(NamedTuple):
@@ -83,13 +99,57 @@ class Description(NamedTuple):
     rename: Any
 
 
-def plain(answer: Answer) -> tuple[Any, ...]:
+def message_sent(session: int, message: Message) -> Any:
+    """A message of a client as it is sent."""
+    return _sealed((session, *message))
+
+
+def message_meant(sent: Any) -> tuple[int, Message]:
+    """The client, and the message that was sent."""
+    session, *message = _opened(sent)
+    return session, Message(*message)
+
+
+def answer_sent(answer: Answer) -> Any:
     """An answer as it is sent: of tuples, which pickle in a third of the time that our own classes take."""
     at, value, error = answer
-    return tuple(at), tuple(value) if isinstance(value, Packed) else (value,), error
+    sent = value.first if isinstance(value, Arguments) else value
+    plain = tuple(at), _flat(value), error
+    return plain if isinstance(sent, Packed) and sent.nbytes > INLINE else _sealed(plain)
 
 
-def meant(sent: tuple[Any, ...]) -> Answer:
+def answer_meant(sent: Any) -> Answer:
     """The answer that was sent."""
-    at, value, error = sent
-    return Answer(At(*at), Packed(*value) if len(value) > 1 else value[0], error)
+    at, (kind, *value), error = _opened(sent)
+    return Answer(At(*at), MADE_OF[kind](value), error)
+
+
+def _flat(value: Any) -> tuple[Any, ...]:
+    """A value as a tuple, of tuples, that begins with its kind."""
+    if isinstance(value, Packed):
+        return "packed", *value
+    if isinstance(value, Arguments):
+        return "arguments", tuple(value.first), *value[1:]
+    return "value", value
+
+
+MADE_OF: Final[dict[str, Any]] = {
+    "packed": lambda parts: Packed(*parts),
+    "arguments": lambda parts: Arguments(Packed(*parts[0]), *parts[1:]),
+    "value": lambda parts: parts[0],
+}
+
+
+def _sealed(sent: tuple[Any, ...]) -> Any:
+    """What is sent as bytes, where it is made of nothing but what Python has: Ray hands bytes on as they are.
+
+    Ray (2.60) takes 0.2 ms less for a call with them.
+    """
+    try:
+        return marshal.dumps(sent)
+    except ValueError:  # with our own classes, errors, functions
+        return sent
+
+
+def _opened(sent: Any) -> Any:
+    return marshal.loads(sent) if isinstance(sent, bytes) else sent
