@@ -23,11 +23,12 @@ import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .compat import TensorPatch
-from .coroutine import Coroutine, current_stack, without_our_frames
+from .coroutine import Coroutine, current_stack
 from .entering import enters_call_of, is_entered
 from .errors import EditError, NotReachedError, OutOfOrderError, OutsideTraceError, RunEndedError, RunError
 from .nested import as_where_made, described
 from .snapshots import snapshot
+from .tracebacks import for_the_reader
 
 _open: Final[ContextVar[tuple["Backward", ...]]] = ContextVar("nnsight_eager_backward_passes", default=())
 """The blocks that are open in this context, on whatever stack: tasks share a stack, and bodies of a trace a context."""
@@ -82,7 +83,7 @@ class Backward:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        without_our_frames(traceback)
+        for_the_reader(traceback)
         try:
             while error is None and not self._pass.finished:
                 self._go_on()

@@ -45,9 +45,15 @@ class Change(NamedTuple):
         return _in_words(self.became)
 
     def __str__(self) -> str:
-        return (
-            f"`{self.point}` in step {self.step}: {self.before} became {self.after} ({self.code.co_filename}, line {self.line})"
-        )
+        file = _shown(self.code.co_filename)
+        return f"`{self.point}` in step {self.step}: {self.before} became {self.after} ({file}, line {self.line})"
+
+
+def _shown(file: str) -> str:
+    """A file as tracebacks show it: of IPython's cells the number, not the name of the file that it makes up for each."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    cell = None if shell is None else shell.compile.format_code_name(file)
+    return file if cell is None else " ".join(cell)
 
 
 def change(path: str, kind: str, step: int, before: Any, after: Any) -> Change:

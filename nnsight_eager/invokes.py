@@ -21,11 +21,11 @@ from .batching import Given
 from .blocks import Block
 from .bodies import Body, check_plain
 from .captured import Captured
-from .coroutine import without_our_frames
 from .errors import InvokeError, OutsideTraceError
 from .names import Names, begin, end
 from .paths import spelled
 from .run import Call
+from .tracebacks import for_the_reader
 from .visits import FIRST, Which
 
 
@@ -172,7 +172,7 @@ class InvokeInPlace:
         try:
             return self._trace.end_alone(error)
         except BaseException as raised:
-            raised.__traceback__ = without_our_frames(raised.__traceback__)
+            raised.__traceback__ = for_the_reader(raised.__traceback__)
             raise
 
     def __call__(self, function: Callable[[], Any]) -> "InvokeInPlace":

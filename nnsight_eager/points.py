@@ -18,12 +18,11 @@ from torch.autograd.graph import GradientEdge
 
 from .attention import pattern_of
 from .backward import edge_of, here
-from .coroutine import without_our_frames
 from .errors import ChangedInPlaceError, EditError, NotReachedError, OutOfOrderError
 from .nested import described, first_tensor, with_first_tensor
 from .paths import PATTERN, spelled
 from .run import Run
-from .tracebacks import at_the_users_line
+from .tracebacks import at_the_users_line, for_the_reader
 from .tuples import refuse_tensor_for
 from .visits import FIRST, INPUT, OUTPUT, Kind, Visit, Which
 
@@ -60,7 +59,7 @@ class Points:
 
     def _failed(self, error: BaseException) -> None:
         """A point could not be read: what every error goes through on its way to the user's line."""
-        error.__traceback__ = without_our_frames(error.__traceback__)
+        error.__traceback__ = for_the_reader(error.__traceback__)
 
     @property
     def output(self) -> torch.Tensor:

@@ -18,7 +18,6 @@ from .batching import Given, divided
 from .bodies import Barrier, Body
 from .cache import Cache, Keep, Positions
 from .compat import add_save_to_builtins
-from .coroutine import without_our_frames
 from .current import enter, leave, opening_frames
 from .distributed.first import OneOfRanks
 from .entering import is_entered
@@ -28,7 +27,7 @@ from .paths import spelled
 from .run import Call, Run, Stop
 from .shared import SharedRun
 from .steps import Steps
-from .tracebacks import at_the_users_line
+from .tracebacks import at_the_users_line, for_the_reader
 from .tree import Envoy, Tree
 from .tuples import explain
 from .visits import Forward, Watcher
@@ -97,11 +96,11 @@ class Trace(OneOfRanks):
         )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        without_our_frames(traceback)  # the reader's own lines remain
+        for_the_reader(traceback)  # the reader's own lines remain
         try:
             return self._leave(error)  # type: ignore[return-value]  # `bool`, and a checker would take names for unbound
         except BaseException as raised:
-            raised.__traceback__ = without_our_frames(raised.__traceback__)
+            raised.__traceback__ = for_the_reader(raised.__traceback__)
             raise
         finally:
             self._blocks_of_backward.end()

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 
 from .compiled import written
-from .coroutine import without_our_frames
 from .current import current, outside
 from .ears import Memory
 from .errors import EditError, NnsightEagerError, OutsideTraceError, PathError, SourceError
 from .further import AtNextVisit
+from .nested import described
 from .outline import Outline, Row, Seen
 from .paths import example, in_every_layer, matching, near, spelled
 from .points import Points
 from .run import Run
 from .source import Source, source_of
+from .tracebacks import for_the_reader
 from .visits import Forward, Kind, Visit
 
 
@@ -198,7 +199,7 @@ class Envoy(Points):
             try:
                 raise raised
             except AttributeError as error:
-                error.__traceback__ = without_our_frames(error.__traceback__)
+                error.__traceback__ = for_the_reader(error.__traceback__)
                 raise
             finally:
                 del raised
@@ -210,10 +211,18 @@ class Envoy(Points):
         if name in self._other_names:
             return self._by_other_name(name)
         try:
-            value = getattr(self._module, name)
+            return self._as_envoy(self._own(name))
+        except AttributeError as error:
+            error.__traceback__ = for_the_reader(error.__traceback__)
+            raise
+
+    def _own(self, name: str) -> Any:
+        """What the module itself has under this name."""
+        try:
+            return getattr(self._module, name)
         except AttributeError:
-            raise AttributeError(self._unknown(name), name=name, obj=None) from None  # of an `obj` Python makes a hint too
-        return self._as_envoy(value)
+            # With an object Python would make a suggestion of its own, behind ours.
+            raise AttributeError(self._unknown(name), name=name, obj=None) from None
 
     def _as_envoy(self, value: Any) -> Any:
         """A module of this tree as its envoy (`model.base_model`), anything else as it is."""
@@ -224,17 +233,22 @@ class Envoy(Points):
 
     def __setattr__(self, name: str, value: Any) -> None:
         ours = getattr(type(self), name, None)
-        child = name[:-1] if name.endswith("_") and self._has_child(name[:-1]) else name
-        if name.startswith("_") or isinstance(ours, property) or (hasattr(type(self), name) and not callable(ours)):
-            try:
+        try:
+            if name.startswith("_") or isinstance(ours, property) or (hasattr(type(self), name) and not callable(ours)):
                 object.__setattr__(self, name, value)
-            except BaseException as error:
-                error.__traceback__ = without_our_frames(error.__traceback__)
-                raise
-        elif callable(ours):
-            where = spelled(self._path, name)
-            raise EditError(f"`{where}` is a method and cannot be assigned.", f"Call it: `{where}(...)`.")
-        elif name in self._other_names:
+            elif callable(ours):
+                where = spelled(self._path, name)
+                raise EditError(f"`{where}` is a method and cannot be assigned.", f"Call it: `{where}(...)`.")
+            else:
+                self._exchange(name, value)
+        except BaseException as error:
+            error.__traceback__ = for_the_reader(error.__traceback__)
+            raise
+
+    def _exchange(self, name: str, value: Any) -> None:
+        """Give the module another child, or another value of its own."""
+        child = name[:-1] if name.endswith("_") and self._has_child(name[:-1]) else name
+        if name in self._other_names:
             above, _, own = self._other_names[name].rpartition(".")
             setattr(self._tree.root.get_submodule(above), own, value)
         elif isinstance(value, torch.nn.Module) or hasattr(self._module, child):
@@ -249,21 +263,30 @@ class Envoy(Points):
 
     def __getitem__(self, key: Any) -> Any:
         """`h[5]`, `h[-1]`, `h[2:5]` (a list), `layer["output"]`, `model["transformer.h.5"]`."""
-        if isinstance(key, str):
-            envoy = self
-            for name in key.split("."):
-                if not envoy._has_child(name) and name not in envoy._other_names:
-                    raise KeyError(envoy._unknown(name))
-                envoy = envoy._child(name) if envoy._has_child(name) else envoy._by_other_name(name)
-            return envoy
-        below = children(self._module)
-        names = list(below)
-        if isinstance(key, slice):
-            return [self._child(name) for name in names[key]]
         try:
-            return self._envoy_of(names[key], below[names[key]])
-        except IndexError:
-            raise IndexError(f"`{spelled(self._path)}` has {len(names)} modules; there is no [{key}].") from None
+            if isinstance(key, str):
+                return self._below(key)
+            below = children(self._module)
+            names = list(below)
+            if isinstance(key, slice):
+                return [self._child(name) for name in names[key]]
+            try:
+                name = names[key]
+            except IndexError:
+                raise IndexError(f"`{spelled(self._path)}` has {len(names)} modules; there is no [{key}].") from None
+            return self._envoy_of(name, below[name])
+        except (KeyError, IndexError) as error:
+            error.__traceback__ = for_the_reader(error.__traceback__)
+            raise
+
+    def _below(self, path: str) -> "Envoy":
+        """The envoy at a path from here."""
+        envoy = self
+        for name in path.split("."):
+            if not envoy._has_child(name) and name not in envoy._other_names:
+                raise KeyError(envoy._unknown(name))
+            envoy = envoy._child(name) if envoy._has_child(name) else envoy._by_other_name(name)
+        return envoy
 
     def _chosen(self, modules: Any) -> dict[str, torch.nn.Module]:
         """The modules that a user names: `None` for all, envoys, modules, paths with `*` for any one name, lists of these."""
@@ -293,8 +316,9 @@ class Envoy(Points):
         if not found:
             shown = [aliases.shown(each) for each in own]
             such_as = in_every_layer(example(shown))
+            given = f"`{path}`" if isinstance(each, str) else f"What was given, {described(each)},"
             raise PathError(
-                f"`{path}` names no module of `{kind}`{near(path, [*own, *shown])}",
+                f"{given} names no module of `{kind}`{near(path, [*own, *shown])}",
                 "Give envoys, or paths as in `print(model)`, with `*` for any one name"
                 + (f": `{such_as}`." if such_as else "."),
             )

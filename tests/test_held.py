@@ -10,7 +10,16 @@ import pytest
 import torch
 from small_models import BEGIN, X4, Stack, run_python
 
-from nnsight_eager import NNsight, NotReachedError, OutOfOrderError, RunEndedError, RunError, WrongThreadError, has_nan
+from nnsight_eager import (
+    NNsight,
+    NotReachedError,
+    OutOfOrderError,
+    PathError,
+    RunEndedError,
+    RunError,
+    WrongThreadError,
+    has_nan,
+)
 
 
 class Dropping(torch.nn.Module):
@@ -123,6 +132,37 @@ def test_a_kind_that_is_put_together_at_run_time_is_the_same_kind(model):
     with model.trace(X4).start() as run:
         run.to("h.0", "".join(["in", "put"])).to("h.0", "".join(["out", "put"]))
         assert repr(run).startswith("paused at model.h[0].output")
+
+
+def test_a_point_can_be_named_as_it_is_shown(model):
+    with model.trace(X4).start() as run:
+        for shown in ("model.h[0].lin.input", "model.h[0].lin.output", "h.1.input"):
+            run.to(shown)
+            assert repr(run).startswith(f"paused at {'model.h[1].input' if shown == 'h.1.input' else shown} (")
+        run.back_to("model.h[0].lin.input")
+        assert repr(run).startswith("paused at model.h[0].lin.input (")
+
+
+def test_a_child_that_is_called_like_a_point_is_a_module_in_a_path():
+    class Named(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.output = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.output(x)
+
+    with NNsight(torch.nn.Sequential(Named())).trace(X4).start() as run:
+        run.to("0.output", "input")
+        assert repr(run).startswith("paused at model[0].output_.input (Linear)")
+        run.to("0.output.output")
+        assert repr(run).startswith("paused at model[0].output_.output (Linear)")
+
+
+def test_a_value_is_no_place_to_go_to(model):
+    with model.trace(X4).start() as run, pytest.raises(PathError) as caught:
+        run.to(model.h[0].output)
+    assert str(caught.value).startswith("What was given, [1, 4] float32, names no module of `Stack`.")
 
 
 def test_a_run_that_nothing_refers_to_is_closed_and_says_so(model):

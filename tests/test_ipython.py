@@ -114,11 +114,12 @@ def assert_only_the_model_is_shown(cells, failing, line):
     assert re.search(line, shown)
     assert "mat1 and mat2 shapes cannot be multiplied" in shown
     assert "The model was running `model[2]`." in shown
+    assert re.search(r"became \[1, 2\] float32 \(Cell In\[\d+\], line \d\)", shown)
     assert "nnsight_eager" not in shown
     assert "linear.py" in cells("%debug")
     stack = cells("w")
     assert re.search(line.removeprefix("----> 1 ").removeprefix("----> 3 "), stack)
-    assert "forward_call" in stack
+    assert "forward_call" not in stack
     assert "nnsight_eager" not in stack
     assert "torch.Size([1, 2])" in cells("p input.shape")
     cells("q")

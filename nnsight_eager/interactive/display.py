@@ -23,6 +23,7 @@ from ..outline import Branches, Row
 from ..paths import spelled
 from ..shown import Column, Grid, Line, Part, Shown
 from ..summaries import one_line
+from ..tracebacks import passes_on
 from ..visits import Visit
 from .journal import Changed, value_at
 
@@ -66,15 +67,11 @@ def shown_value(visit: Visit) -> Any:
 
 
 def model_frame(visit: Visit | None) -> FrameType | None:
-    """The innermost frame of the model's own code: neither this package's nor that in which torch calls a module."""
+    """The innermost frame of the model's own code: neither this package's nor one that only passes a call on."""
     frame = None if visit is None or visit.forward is None else visit.forward.frame
-    while frame is not None and (frame.f_code.co_filename.startswith(OUR_FOLDER) or _is_torchs(frame.f_code)):
+    while frame is not None and (frame.f_code.co_filename.startswith(OUR_FOLDER) or passes_on(frame.f_code)):
         frame = frame.f_back
     return frame
-
-
-def _is_torchs(code: CodeType) -> bool:
-    return code.co_filename.endswith(("torch/nn/modules/module.py", "torch/_dynamo/eval_frame.py"))
 
 
 def _source_at(frame: FrameType | None, visit: Visit | None) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import NotReachedError, PathError, RunError
-from ..paths import PATTERN, spelled
+from ..paths import PATTERN, matching, spelled
 from ..run import Run
 from ..source import OperationPoint, part_of
 from ..tree import Envoy, Tree
@@ -26,7 +26,9 @@ class Pointed(NamedTuple):
 
 
 def pointed_at(run: Run, tree: Tree, point: Any, kind: str = OUTPUT) -> Pointed:
-    """The one module or part that `point` names."""
+    """The one module or part that `point` names; as text it may end as it is shown: `model.h[2].mlp.input`."""
+    if isinstance(point, str):
+        point, kind = _without_kind(tree.root, point, kind)
     if kind not in (INPUT, OUTPUT, PATTERN):
         raise RunError(f"A module has no {kind!r} to go to.", 'Write "input", "output" or "pattern".')
     side: Kind = INPUT if kind == INPUT else OUTPUT
@@ -52,9 +54,22 @@ def pointed_at(run: Run, tree: Tree, point: Any, kind: str = OUTPUT) -> Pointed:
     return Pointed(envoy._module, envoy._path, side)
 
 
+def _without_kind(root: torch.nn.Module, path: str, kind: str) -> tuple[str, str]:
+    """A path less the name of the point that it ends with, and that point; a child of such a name is a module."""
+    owner, _, last = path.rpartition(".")
+    if not owner or last not in (INPUT, OUTPUT, PATTERN):
+        return path, kind
+    is_module = any(matching(root, each) for each in (_dotted(path), _dotted(path).removeprefix("model.")))
+    return (path, kind) if is_module else (owner, last)
+
+
+def _dotted(path: str) -> str:
+    return path.replace("[", ".").replace("]", "")
+
+
 def _divided(root: torch.nn.Module, path: str) -> list[str]:
     """The path of a module and the names of an operation in it, if it names one: `h.0.source.self_mlp_0`."""
-    path = path.replace("[", ".").replace("]", "")
+    path = _dotted(path)
     if path in dict(root.named_modules()):
         return [path]
     owner, *names = f".{path}".split(".source.")  # the root's own operations begin at `source`
