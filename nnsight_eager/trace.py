@@ -45,9 +45,7 @@ class Trace(OneOfRanks):
     """
 
     __slots__ = ("_blocks_of_backward", "_call", "_division", "_invokes", "_name", "_results", "_run", "_tree", "_view")
-
-    by_hand = False
-    """Whether it is held by hand, and so can be led: what `start()` gives, wherever the model runs."""
+    by_hand = False  # whether it can be led: what `start()` gives, wherever the model runs
 
     def __init__(self, tree: Tree, name: str, call: Call | None, division: Division | None) -> None:
         """Nothing runs before the block is entered, or `result` is asked for.

@@ -46,7 +46,6 @@ class HeldRun(Shown, Trace):
     """A run held by hand; begun by `model.trace(...).start()`."""
 
     __slots__ = ("__weakref__", "_cached", "_found", "_recording", "_thread")
-
     by_hand = True
     _run: Run
 
