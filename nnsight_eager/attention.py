@@ -97,7 +97,10 @@ def explicit_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the attention interface calls: queries, keys and values are `[batch, head, seq, dim]`, keys may have fewer heads."""
-    pattern: AttentionPattern = module.config.nnsight_eager_pattern  # type: ignore[union-attr,assignment]
+    config: Any = module.config
+    pattern = vars(config).get("nnsight_eager_pattern")
+    if pattern is None:  # another run had asked for it, and has ended since its forward looked this function up
+        pattern = AttentionPattern(module, "", config._attn_implementation)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)

@@ -81,13 +81,15 @@ def find(frame: FrameType) -> Statement:
     return found
 
 
-def refused(reason: str) -> InvokeError:
-    """The error for a block that cannot be taken; it names the forms that need no source."""
-    return InvokeError(
-        f"This block cannot be run in the model's forward pass: {reason}.",
-        "Write it as a function (`tracer.invoke(prompt, function)`, `model.edit(function)`), or give every invoke a pass of "
-        "its own with `model.trace(batched=False)`.",
-    )
+AS_INVOKE: Final = (
+    "Write it as a function, `tracer.invoke(prompt, function)`, or give every invoke a pass of its own with "
+    "`model.trace(batched=False)`."
+)
+
+
+def refused(reason: str, instead: str = AS_INVOKE) -> InvokeError:
+    """The error for a block that cannot be taken; `instead` names the forms that need no source."""
+    return InvokeError(f"This block cannot be run in the model's forward pass: {reason}.", instead, reason=reason)
 
 
 def _local_names(code: CodeType, above: tuple[Scope, ...]) -> frozenset[str] | None:

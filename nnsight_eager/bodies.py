@@ -217,3 +217,9 @@ class Barrier:
 
     def __repr__(self) -> str:
         return f"tracer.barrier({self.parties}): {len(self._waiting)} waiting"
+
+
+def say_one_graph(error: Exception) -> None:
+    """Where bodies go back through their graph one after another, torch's own error says whose it is."""
+    if isinstance(error, RuntimeError) and "backward through the graph a second time" in str(error):
+        error.add_note("The invokes of a trace share one graph: give every backward pass but the last `retain_graph=True`.")

@@ -15,8 +15,9 @@ from .attention import in_place_of
 from .coroutine import current_stack
 from .errors import SourceError
 from .inside import Part
-from .operations import CALLS, Dissected, dissected, peeled
+from .operations import Calls, Dissected, dissected
 from .paths import near, spelled
+from .peeling import peeled
 from .taps import Tap, put_innermost, take_down, tap_at
 from .visits import Visit
 
@@ -55,7 +56,7 @@ OVER: Final = 2
 """How far an operation is that its forward has come by."""
 
 
-class RunCalls:
+class RunCalls(Calls):
     """What one run has the rewritten code of one function call, in the place of its operations."""
 
     __slots__ = ("_begun", "_ears", "_heard", "_inside", "_last", "_late", "_owner", "_path")
@@ -164,10 +165,6 @@ class RunCalls:
             self._begun[name] = OVER
         return value
 
-    def own(self, names: Any) -> Any:
-        """What `locals()`, `vars()` or `dir()` lists in the function as it is written."""
-        return [each for each in names if each != CALLS] if isinstance(names, list) else _without(names)
-
 
 class RewrittenForward(Tap):
     """Runs a module's forward with its operations called apart."""
@@ -180,7 +177,10 @@ class RewrittenForward(Tap):
         """One call of the module."""
         if current_stack() is not self.stack:
             return self.pass_through(args, kwargs)
-        return self.calls.run(self.__wrapped__, *args, **kwargs)
+        forward = self.__wrapped__
+        while isinstance(forward, Tap):  # of another run that asks for operations here, and hears nothing of this one
+            forward = forward.__wrapped__
+        return self.calls.run(forward, *args, **kwargs)
 
 
 class Rewritten:
@@ -253,10 +253,6 @@ def no_operation(path: str, name: str, found: Dissected) -> SourceError:
     return SourceError(
         f"`{spelled(path)}` has no operation `{name}`{near(name, found.operations)}", f"`print({spelled(path)})` lists them."
     )
-
-
-def _without(names: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in names.items() if name != CALLS} if CALLS in names else names
 
 
 def _itself(value: Any) -> Any:

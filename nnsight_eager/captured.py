@@ -13,7 +13,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-from .blocks import ENTERED, Block, Statement, find
+from .blocks import AS_INVOKE, ENTERED, Block, Statement, find, refused
 from .errors import InvokeError
 from .names import Names, alone, end
 from .skipping import Skipping
@@ -21,6 +21,9 @@ from .skipping import Skipping
 
 class Captured:
     """What a `with` statement enters whose block runs elsewhere."""
+
+    _instead = AS_INVOKE
+    """What to write where the block cannot be taken."""
 
     _entering: tuple[FrameType, Statement, Skipping] | None = None
 
@@ -31,6 +34,7 @@ class Captured:
             statement = find(frame)
         except InvokeError as error:
             self._refused()
+            error.args = refused(error.reason, self._instead).args
             raise error.with_traceback(None) from None
         self._entering = frame, statement, Skipping(frame)
         return self

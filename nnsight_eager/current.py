@@ -138,16 +138,22 @@ def _nearest(root: torch.nn.Module) -> Run:
                 "The run of this model that is held by hand is paused on another thread.",
                 "Read its points on that thread, or open a trace of its own on this one.",
             )
-        raise OutsideTraceError(
-            "A point was read where no trace of this model is open.",
-            "Read it inside `with model.trace(...):`, where a value stays an ordinary variable afterwards, or hold a run open: "
-            "`run = model.trace(...).start()`.",
-        )
+        raise outside("A point")
     for place in frames() if len(runs) > 1 else ():
         for run, opened_by in reversed(runs):
             if run.runs_on(place) or (isinstance(place, FrameType) and (id(place), id(place.f_code)) in opened_by):
                 return run
     return runs[-1][0]
+
+
+def outside(asked: str) -> OutsideTraceError:
+    """The error for a point, as the user writes it, that belongs to no run."""
+    return OutsideTraceError(
+        f"{asked} was asked for where no trace of this model is open.",
+        "Read it inside `with model.trace(...):`, where a value stays an ordinary variable afterwards, or hold a run open: "
+        "`run = model.trace(...).start()`.",
+        asked=asked.strip("`"),
+    )
 
 
 def opening_frames() -> list[FrameType]:

@@ -43,8 +43,8 @@ class Edit:
     ) -> Given:
         """Have every run from here on begin with it; `program` gives what is to be run in a step.
 
-        `settings` are what tells it from another of the same label: numbers and tensors. Returns what it `gives`: whoever calls
-        this hands it on as it is, so that Ctrl-C never leaves an edit that nobody can take away.
+        `settings` are what tells it from another of the same label: numbers, tensors, a program. Returns what it `gives`:
+        whoever calls this hands it on as it is, so that Ctrl-C never leaves an edit that nobody can take away.
         """
         self.label, self._program, self.settings = label, program, settings
         try:
@@ -98,6 +98,8 @@ class Edit:
 class EditBlock(Captured):
     """`with model.edit() as edited:`: the block is kept, and runs from then on."""
 
+    _instead = "Write it as a function: `model.edit(function)`."
+
     def __init__(self, edit: Edit, entered: Any) -> None:
         """`entered` is what the `as` target gets."""
         self._edit = edit
@@ -105,7 +107,7 @@ class EditBlock(Captured):
 
     def __call__(self, function: Callable[[], Any]) -> Any:
         """Have `function`, called without arguments, be the block: `@model.edit(inplace=True)`."""
-        return self._edit.store(label_of(function), lambda: function, gives=self._target)
+        return self._edit.store(label_of(function), lambda: function, (function,), gives=self._target)
 
     def _entered(self) -> Any:  # pragma: no cover: called where nothing is traced until the user's frame goes on
         return self._target
@@ -117,7 +119,7 @@ class EditBlock(Captured):
         names.leave_frame()
         label = f"edit ({frame.f_code.co_filename}, line {block.code.co_firstlineno})"
         self._edit.is_block = True
-        self._edit.store(label, lambda: names.again().run, gives=None)
+        self._edit.store(label, lambda: names.again().run, (names,), gives=None)
 
 
 def label_of(function: Callable[[], Any]) -> str:

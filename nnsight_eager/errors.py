@@ -107,7 +107,9 @@ class StepError(RunError):
 
 
 class InvokeError(RunError):
-    """The invokes of a trace cannot be run as they are written."""
+    """The invokes of a trace, or the block of an edit, cannot be run as they are written; `reason` is why a block cannot."""
+
+    reason: str = ""
 
 
 class DeadlockError(RunError):

@@ -9,8 +9,6 @@ missing shards of the same forward passes, and they are the same to the bit, whe
 machine, with as many threads, without dropout.
 """
 
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ import torch
 from .activations import INDEX, Form, Index, index_of, key_of, shard_path
 from .batching import is_routed
 from .dataset import Batch, Row, batched, sharded
+from .digests import digest, plain, weights
 from .errors import ExtractError
 from .model import NNsight
 from .nested import described, first_tensor
@@ -126,7 +125,7 @@ class Extraction:
 
     def check_weights(self) -> None:
         """Raise where the model's weights are not those that the request was made with."""
-        if _weights(self.model) != self._request["weights"]:
+        if weights(self.model._module) != self._request["weights"]:
             raise ExtractError(
                 "The weights that a worker has loaded are not those of the model here.",
                 "Save the model with `save_pretrained`, and load it from that folder; or leave `workers` away.",
@@ -156,13 +155,13 @@ class Extraction:
     def _requested(self) -> dict[str, Any]:
         """What has to be the same for an extraction to go on; each is named in a refusal."""
         return {
-            "texts": _digest(self._rows),
+            "texts": digest(self._rows),
             "points": sorted(self._modules),
             "dtype": str(self._options.dtype),
             "batch_tokens": self._options.batch_tokens,
             "shard_bytes": self._options.shard_bytes,
-            "weights": _weights(self.model),
-            "edits": [[edit.label, _digest([*map(_plain, edit.settings)])] for edit in self.model._tree.edits],
+            "weights": weights(self.model._module),
+            "edits": [[edit.label, digest([*map(plain, edit.settings)])] for edit in self.model._tree.edits],
         }
 
     def _shards(self, points: Mapping[str, Form]) -> list[list[Batch]]:
@@ -260,33 +259,6 @@ def _not_by_token(path: str, value: torch.Tensor | None, shape: Sequence[int]) -
         f"`{spelled(path)}` gives {what} for tokens {list(shape)} ([batch, seq]), so it has no value for each token.",
         "Ask for modules that give `[batch, seq, ...]`, such as the layers.",
     )
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _weights(model: NNsight) -> str:
-    """Tells weights apart."""
-    return _digest([*map(_sampled, model._module.state_dict().items())])
-
-
-def _plain(setting: Any) -> Any:
-    """A setting of an edit as JSON: all of a tensor, since two steering vectors may differ anywhere."""
-    return [str(setting.dtype), setting.detach().double().tolist()] if isinstance(setting, torch.Tensor) else repr(setting)
-
-
-def _sampled(named: tuple[str, Any]) -> list[Any]:
-    """A weight's name and form with eight of its values: another training of the model has others."""
-    name, weight = named
-    if not isinstance(weight, torch.Tensor):
-        return [name, str(type(weight))]
-    values: list[float] = []
-    if hasattr(weight, "full_tensor"):  # of a weight that is divided among ranks, all of which ask, that of the whole
-        weight = weight.full_tensor()
-    if weight.device.type != "meta" and weight.is_contiguous():
-        values = weight.detach().view(-1)[:: max(1, weight.numel() // 8)][:8].float().tolist()
-    return [name, str(weight.dtype), list(weight.shape), [str(value) for value in values]]
 
 
 def _write(path: Path, content: bytes) -> None:

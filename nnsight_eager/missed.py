@@ -61,10 +61,12 @@ class Miss(NamedTuple):
 
     def too_late(self, owner: str) -> PointError:
         """The forward it is in had begun, or had come past it, before anyone asked for it."""
+        before = "" if self.by_hand else f"; where it comes behind that, write `{owner}.source` above that line"
         return self._error(
             OutOfOrderError,
-            f"`{self.asked}` is not reached any more: the forward of `{owner}` had come past it when it was asked for.",
-            f"{self.earlier}.",
+            f"`{self.asked}` is not reached any more: "
+            f"it was asked for when the forward of `{owner}` had begun, or had come past it.",
+            f"{self.earlier}{before}.",
         )
 
     def skipped(self, inside: str) -> PointError:

@@ -28,6 +28,7 @@ from .run import Call
 from .scan import Map, Scan, map_of
 from .signatures import takes
 from .trace import Trace
+from .tracebacks import at_the_users_line
 from .tree import Envoy, Tree
 
 CACHE_OPTIONS: Final = ("device", "dtype", "detach", "include_output", "include_inputs", "positions")
@@ -86,6 +87,7 @@ class NNsight(Envoy):
 
         return KeptTrace(trace)
 
+    @at_the_users_line
     def cache(self, *inputs: Any, modules: Any = None, **options: Any) -> Cache:
         """Run the model and keep what its modules return: a trace with nothing in it but `tracer.cache`.
 

@@ -16,7 +16,7 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Callable, Sequence
-from types import CellType, FrameType, FunctionType
+from types import CellType, CodeType, FrameType, FunctionType
 from typing import Any, Final
 
 from .blocks import Block, refused
@@ -87,6 +87,14 @@ class Names(dict[str, Any]):
         vars(names).update(vars(self), bound=dict(self.bound), ended=False)
         names.bound["__builtins__"] = names
         return names
+
+    def seen(self) -> tuple[CodeType, dict[str, Any]]:
+        """The body's code, and what that may look up, by name."""
+        found = {}
+        for name in sorted(self._needed):
+            with contextlib.suppress(KeyError):  # its own
+                found[name] = self[name]
+        return self._block.code, found
 
     def run(self) -> None:
         """Run the body."""

@@ -1,9 +1,8 @@
 """The calls and assignments in a function, named, and the same function with each of them called apart.
 
-    inner, again = peeled(module.forward)        # the function below its decorators, and how to put them back
-    found = dissected(inner)
-    found.names                                  # ("self_c_attn_0", "query_states_0", "query_states_view_0", ...)
-    again(found.calling(inner, calls))           # calls("self_c_attn_0", self.c_attn, hidden_states) where it was a call
+    found = dissected(function)
+    found.operations                             # {"self_c_attn_0": ..., "query_states_0": ..., "query_states_view_0": ...}
+    found.calling(function, calls)               # calls("self_c_attn_0", self.c_attn, hidden_states) where it was a call
 
 A name is the dotted name of what is called, or assigned to, with `_` between its parts, and a number that counts the same name
 in the order of evaluation: arguments come before their call, a value before its assignment. `x += y` is `x_iadd_0`. Calls that
@@ -12,11 +11,9 @@ look at the frame they stand in (`super()`, `locals()`) are left alone.
 
 import ast
 import copy
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator
-from types import CellType, CodeType, FunctionType, MethodType
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator
+from types import CodeType, FunctionType
+from typing import Any, Final, NamedTuple
 
 from .errors import SourceError
 from .rewriting import FUTURES, Comprehension, FunctionScope, Scope, without_asserts
@@ -30,17 +27,24 @@ LISTING: Final = frozenset({"locals", "vars", "dir"})
 """Those that, called without arguments, list the frame's names, and `CALLS` among them."""
 
 
-class Calls(Protocol):
-    """What the rewritten function calls in the place of each operation."""
+class Calls:
+    """What the rewritten function calls in the place of each operation; as it stands here, nothing changes."""
+
+    __slots__ = ()
 
     def __call__(self, name: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call `function`, which is the operation `name`."""
+        return function(*args, **kwargs)
 
     def assigned(self, name: str, value: Any) -> Any:
         """Give back `value`, whose assignment is the operation `name`."""
+        return value
 
     def own(self, names: Any) -> Any:
-        """The names of a frame, a dictionary or a list, without `CALLS`."""
+        """What `locals()`, `vars()` or `dir()` lists in the function as it is written: without `CALLS`."""
+        if isinstance(names, list):
+            return [each for each in names if each != CALLS]
+        return {name: value for name, value in names.items() if name != CALLS} if CALLS in names else names
 
 
 class Operation(NamedTuple):
@@ -72,94 +76,23 @@ class Dissected(NamedTuple):
 _known: Final = Known[list[Dissected]](lambda _: [])
 """The code that has been dissected: each once."""
 
-_called_in: Final = Known[list[frozenset[str]]](lambda _: [])
-"""What the wrappers of decorators call."""
-
-
-def peeled(call: Any) -> tuple[FunctionType, Callable[[FunctionType], Any]]:
-    """The Python function in a method, a partial, a decorated function or a callable object, and how to make it that again.
-
-    A decorator is looked through where it calls, by its name, the function it has wrapped.
-    """
-    if isinstance(call, MethodType):
-        inner, again = peeled(call.__func__)
-        return inner, lambda new: MethodType(again(new), call.__self__)
-    if isinstance(call, functools.partial):
-        inner, again = peeled(call.func)
-        return inner, lambda new: functools.partial(again(new), *call.args, **call.keywords)
-    if isinstance(call, FunctionType):
-        cell = _wrapped(call)
-        if cell is None:
-            return call, lambda new: new
-        inner, again = peeled(call.__closure__[cell].cell_contents)  # type: ignore[index]
-        return inner, lambda new: _with_cell(call, cell, again(new))
-    method = inspect.getattr_static(type(call), "__call__", None)
-    if isinstance(method, FunctionType) and not isinstance(call, type):
-        return peeled(MethodType(method, call))
-    raise SourceError(
-        f"`{_called(call)}` is not written in Python, so it has no operations.", "Read its output and its inputs."
-    )
-
 
 def dissected(function: FunctionType) -> Dissected:
     """The operations of a Python function; `SourceError` where its source is not to be had."""
     known = _known.of(function.__code__)
     if not known:
-        known.append(_dissected(function.__code__, text_of(function.__code__, function.__globals__), _called(function)))
+        known.append(_dissected(function.__code__, text_of(function.__code__, function.__globals__), called(function)))
     return known[0]
 
 
-def _called(call: Any) -> str:
+def called(call: Any) -> str:
+    """How a function is called."""
     return getattr(call, "__qualname__", None) or type(call).__qualname__
-
-
-def _wrapped(wrapper: FunctionType) -> int | None:
-    """Which cell of a decorator's wrapper holds the function it has wrapped and calls; `None` where it is no such wrapper."""
-    original = getattr(wrapper, "__wrapped__", None)
-    for number, (name, cell) in enumerate(zip(wrapper.__code__.co_freevars, wrapper.__closure__ or (), strict=True)):
-        inner = held(cell)
-        is_wrapped = inner is original if original is not None else _divides(wrapper) and isinstance(inner, MethodType)
-        if is_wrapped and name in _called_names(wrapper):
-            return number
-    return None
-
-
-def _divides(wrapper: FunctionType) -> bool:
-    """Whether it is what transformers puts before a forward to divide a module; it does not say what it wraps."""
-    return wrapper.__module__.startswith("transformers.distributed.")
-
-
-def held(cell: CellType) -> Any:
-    """What a closure's cell holds; `None` where it is empty."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
-
-
-def _called_names(function: FunctionType) -> frozenset[str]:
-    """The plain names that a function calls. One that hands what it has wrapped to others may run something else."""
-    known = _called_in.of(function.__code__)
-    if not known:
-        found = _node_of(function.__code__, text_of(function.__code__, function.__globals__))
-        calls = [each.func for each in ast.walk(found[1]) if isinstance(each, ast.Call)] if found else []
-        known.append(frozenset(each.id for each in calls if isinstance(each, ast.Name)))
-    return known[0]
-
-
-def _with_cell(wrapper: FunctionType, number: int, value: Any) -> FunctionType:
-    """A decorator's wrapper around another function."""
-    closure = [*wrapper.__closure__]  # type: ignore[misc]
-    closure[number] = CellType(value)
-    again = FunctionType(wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__, tuple(closure))
-    again.__kwdefaults__ = wrapper.__kwdefaults__
-    again.__dict__.update(wrapper.__dict__)
-    return again
 
 
 def _dissected(code: CodeType, text: str, name: str) -> Dissected:
     """The operations of the function that was compiled to `code`, found in its file's text."""
-    found = _node_of(code, text)
+    found = node_of(code, text)
     if found is None:
         raise SourceError(
             f"The operations of `{name}` cannot be told: there is no source to be had for it in {code.co_filename!r}.",
@@ -183,7 +116,7 @@ def _dissected(code: CodeType, text: str, name: str) -> Dissected:
     return Dissected(rewriting.found, lines, first, _code_in([*imports, ast.fix_missing_locations(whole)], code))
 
 
-def _node_of(code: CodeType, text: str) -> tuple[ast.stmt, FunctionScope] | None:
+def node_of(code: CodeType, text: str) -> tuple[ast.stmt, FunctionScope] | None:
     """The statement of the module that a function is in, and the function itself; `None` where that is not certain."""
     try:
         tree = parsed(text, code.co_filename)

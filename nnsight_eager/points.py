@@ -233,8 +233,10 @@ class Points:
     def visits(self) -> Iterator[Any]:
         """Each visit that is still to come in this step, for what a step visits several times.
 
-        for visit in model.block.source.expert_0.visits():        # an operation in a loop
-            visit.output *= 0
+            for visit in model.block.source.expert_0.visits():        # an operation in a loop
+                visit.output *= 0
+
+        That there is none is known when the step has ended: leave the loop with `break` to read what comes behind it.
         """
         while (visit := self.next())._meets_in_step():
             yield visit

@@ -66,11 +66,18 @@ class Scan(Trace):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
+            _say_no_values(error)
             return super().__exit__(kind, error, traceback)  # what is true leaves the block quietly
+        except (DataDependentOutputException, DynamicOutputShapeException) as raised:  # by the rest of the model
+            _say_no_values(raised)
+            raise
         finally:
             self._mode.__exit__(None, None, None)
-            if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
-                error.add_note("A scan has shapes and no values, and something here asks for a value.")
+
+
+def _say_no_values(error: BaseException | None) -> None:
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        error.add_note("A scan has shapes and no values, and something here asks for a value.")
 
 
 class Row(NamedTuple):

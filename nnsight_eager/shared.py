@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from .batching import Factors, factors_in, is_routed
-from .bodies import Asker, Awaited, Body, Caller
+from .bodies import Asker, Awaited, Body, Caller, say_one_graph
 from .coroutine import current_stack, inside_forward
 from .current import enter_bodies
 from .ears import Memory
@@ -291,6 +291,8 @@ class SharedRun(Run):
             self._left_early += 1
         except Exception as error:
             explain(error, self)
+            if len(self.bodies) > 1:
+                say_one_graph(error)
             raise
         finally:
             self._running = before

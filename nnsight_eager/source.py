@@ -21,8 +21,9 @@ from .calls import OperationPart, called_at, module_called, no_operation
 from .ears import Memory
 from .errors import OutsideTraceError, RunEndedError, SourceError
 from .further import AtNextVisit
-from .operations import Dissected, dissected, held, peeled
+from .operations import Dissected, dissected
 from .paths import path_in, spelled
+from .peeling import held, peeled
 from .points import Points
 from .run import Run
 from .taps import own_forward

@@ -8,9 +8,11 @@ with model.generate("The Eiffel Tower", max_new_tokens=10) as tracer:
 
 import itertools
 import operator
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .changes import user_frame
 from .errors import StepError
 from .run import Run
 
@@ -24,14 +26,17 @@ class Steps:
         self._run = run
 
     def __getitem__(self, selection: Any) -> Iterator[int]:
-        """An iterator that runs the model to the start of each chosen step and gives its number, until generation ends."""
+        """An iterator that runs the model to the start of each chosen step and gives its number, until generation ends.
+
+        Warns where it ends before the first of them.
+        """
         return self._loop(chosen(selection))
 
     def __iter__(self) -> Iterator[int]:
         return self[:]
 
     def _loop(self, steps: Iterable[int]) -> Iterator[int]:
-        run = self._run
+        run, came = self._run, False
         for step in steps:
             if step < run.step:
                 raise StepError(
@@ -39,11 +44,25 @@ class Steps:
                     f"Write `tracer.iter[{run.step}:]` to go on from here.",
                 )
             if not run.to_step(step):
+                if not came:
+                    _warn_of_none(step, max(run.step, 1))  # a run that never calls its root is one step
                 return
+            came = True
             yield step
 
     def __repr__(self) -> str:
         return "tracer.iter: choose steps as in tracer.iter[:], tracer.iter[2:8:2], tracer.iter[[0, 3]]"
+
+
+def _warn_of_none(step: int, made: int) -> None:
+    """Say at the line of a loop that its body has not run, since the model has made no step that it asks for."""
+    frame = user_frame()
+    warnings.warn_explicit(
+        f"Step {step} never came, so this loop did nothing: the run made {made} step{'s' * (made != 1)}, counted from 0.",
+        UserWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+    )
 
 
 def chosen(selection: Any) -> Iterable[int]:

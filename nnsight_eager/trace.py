@@ -45,7 +45,7 @@ class Trace(OneOfRanks):
     """
 
     __slots__ = ("_blocks_of_backward", "_call", "_division", "_invokes", "_name", "_results", "_run", "_tree", "_view")
-    by_hand = False  # whether it can be led: what `start()` gives, wherever the model runs
+    by_hand = False  # held by hand, and so to be led: what `start()` gives, wherever the model runs
 
     def __init__(self, tree: Tree, name: str, call: Call | None, division: Division | None) -> None:
         """Nothing runs before the block is entered, or `result` is asked for.
@@ -392,7 +392,8 @@ class Trace(OneOfRanks):
         run = self._run
         if run is None:
             count = 0 if self._invokes is None else len(self._invokes.written)
-            state = f"{count} invoke{'s' * (count > 1)}" if count else "not begun"
+            begin = "begun by `with`" + " or `.result`" * (self._call is not None)
+            state = f"{count} invoke{'s' * (count > 1)}" if count else f"not begun; it is {begin}"
         elif run.at is not None:
             state = f"paused at {spelled(run.path_of(run.at.module), run.at.kind)}, step {run.step}"
         else:

@@ -12,9 +12,9 @@ import torch
 
 from .compiled import written
 from .coroutine import without_our_frames
-from .current import current
+from .current import current, outside
 from .ears import Memory
-from .errors import EditError, NnsightEagerError, PathError, SourceError
+from .errors import EditError, NnsightEagerError, OutsideTraceError, PathError, SourceError
 from .further import AtNextVisit
 from .outline import Outline, Row, Seen
 from .paths import example, in_every_layer, matching, near, spelled
@@ -94,7 +94,11 @@ class Envoy(Points):
         # One look into the dictionary: an attribute of a class with `__getattr__` costs ten times a plain one.
         own = self.__dict__
         tree = own["_tree"]
-        return (tree.bound_to or current(tree.root)).ask(own["_module"], kind, own["_path"])
+        try:
+            run = tree.bound_to or current(tree.root)
+        except OutsideTraceError:
+            raise outside(f"`{spelled(own['_path'], kind)}`") from None
+        return run.ask(own["_module"], kind, own["_path"])
 
     def _failed(self, error: BaseException) -> None:
         super()._failed(error)

@@ -72,9 +72,19 @@ def test_the_checks_tell_what_differs(broken, monkeypatch):
     assert any(said in problem for problem in checks.found.problems)
 
 
+def test_the_checks_tell_a_pattern_that_is_not_what_the_model_computes(monkeypatch):
+    from nnsight_eager.attention import AttentionPattern
+
+    real = AttentionPattern.forward
+    gpt2 = next(each for each in architectures() if each[1] == "gpt2")
+    for factor, said in ((0.5, "the result differs"), (2, "it is none")):
+        monkeypatch.setattr(AttentionPattern, "forward", lambda *args, factor=factor, **kwargs: real(*args, **kwargs) * factor)
+        assert f"transformer.h.0.attn.pattern: {said}" in looked_at(*gpt2, zeroed=0).why_not
+
+
 def test_the_table_is_written_by_one_command(tmp_path, capsys):
     assert main(["--out", str(tmp_path / "table.md"), "--only", "gpt2", "t5", "--zeroed", "2"]) == 0
     text = (tmp_path / "table.md").read_text()
-    assert "| gpt2 | decoder | GPT2LMHeadModel | 31 | 310 | 2 | 3 | equal |  |" in text
+    assert "| gpt2 | decoder | GPT2LMHeadModel | 31 | 310 | 2 | 1 | 3 | equal |  |" in text
     assert "2 models of 2 architectures, 2 equal to plain hooks" in text
     assert "2 models of 2 architectures" in capsys.readouterr().out

@@ -277,3 +277,14 @@ def test_an_attribute_error_of_the_forward_reaches_who_reads_a_pattern(llama, fu
     with pytest.raises(AttributeError, match="in the forward"), llama.trace(torch.tensor([[1, 2, 3]])):
         _ = (attention.next() if further else attention).pattern
     handle.remove()
+
+
+def test_a_run_that_was_about_to_call_the_attention_goes_on_when_the_one_with_its_pattern_has_ended(llama):
+    attention = llama.model.layers[1].self_attn
+    plain = llama.trace(IDS).result.logits
+    run = llama.trace(IDS.flip(1)).start()
+    run.model.model.layers[1].self_attn.pattern
+    with llama.trace(IDS) as tracer:
+        attention.source.attention_interface_1.input
+        run.finish()
+    assert torch.allclose(tracer.result.logits, plain, atol=1e-5)

@@ -728,6 +728,25 @@ def test_in_an_invoke_a_gradient_is_what_the_prompt_has_alone(lm):
             assert not seen[:, :-length].any()  # what pads it
 
 
+@pytest.mark.parametrize("retained", [True, False])
+def test_invokes_that_go_back_one_after_another_are_told_that_their_graph_is_one(model, net, x, retained):
+    def block():
+        hidden = model.h[1].output
+        with loss_of(model.output).backward(retain_graph=retained):
+            return hidden.grad
+
+    expected = by_hand(net, lambda net: loss_of(net(torch.cat((x, -x)))))["h.1"]
+    refused = contextlib.nullcontext() if retained else pytest.raises(RuntimeError, match="a second time")
+    with refused as caught, model.trace() as tracer:
+        both = [tracer.invoke(each, block) for each in (x, -x)]
+    if retained:
+        close(torch.cat([each.result for each in both]), expected)
+    else:
+        assert caught.value.__notes__ == [
+            "The invokes of a trace share one graph: give every backward pass but the last `retain_graph=True`."
+        ]
+
+
 @pytest.mark.parametrize("way", ["assigned", "in place", "with an operator", "tensor"])
 def test_in_an_invoke_an_edited_gradient_is_edited_in_its_rows_alone(model, net, x, way):
     entered = [x.clone().requires_grad_(), (-x[:1]).requires_grad_()]

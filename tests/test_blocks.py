@@ -479,8 +479,8 @@ def test_super_and_private_names_mean_what_they_mean_in_the_method():
 # What cannot be run later
 
 INSTEAD = (
-    "\nWrite it as a function (`tracer.invoke(prompt, function)`, `model.edit(function)`), or give every invoke a pass of "
-    "its own with `model.trace(batched=False)`."
+    "\nWrite it as a function, `tracer.invoke(prompt, function)`, or give every invoke a pass of its own with "
+    "`model.trace(batched=False)`."
 )
 
 

@@ -1,5 +1,7 @@
 """A cache keeps what modules return, without pausing."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from small_models import X4, Stack, hooked
@@ -230,3 +232,9 @@ def test_what_a_cache_does_not_have_is_named_as_it_was_asked_for(model):
         cache = tracer.cache()
     with pytest.raises(CacheError, match=r"^The cache has nothing of `model\.nowhere`\."):
         cache["model.nowhere"]
+
+
+def test_a_cache_of_what_is_not_there_is_refused_at_the_users_line(model):
+    with pytest.raises(PathError) as caught:
+        model.cache(X4, modules="nothing")
+    assert [each.path for each in caught.traceback] == [Path(__file__)]

@@ -398,8 +398,8 @@ def test_in_ipython_as_a_process_of_its_own(tmp_path):
 REFUSED = (
     "nnsight_eager.errors.InvokeError: This block cannot be run in the model's forward pass: "
     "there is no source to be had for '<stdin>'.\n"
-    "Write it as a function (`tracer.invoke(prompt, function)`, `model.edit(function)`), or give every invoke a pass of "
-    "its own with `model.trace(batched=False)`.\n"
+    "Write it as a function, `tracer.invoke(prompt, function)`, or give every invoke a pass of its own with "
+    "`model.trace(batched=False)`.\n"
 )
 
 

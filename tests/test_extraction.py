@@ -95,6 +95,14 @@ class DataSet:
         return {"text": TEXTS[range(len(TEXTS))[row]], "label": 1}
 
 
+class NoEnd(DataSet):
+    """A data set that has a length, and does not say where it ends."""
+
+    def __getitem__(self, row):
+        assert row < len(TEXTS), "asked for a row that is not there"
+        return super().__getitem__(row)
+
+
 def test_a_data_set_may_have_texts_ids_and_dicts(gpt2, tmp_path):
     ids = gpt2.tokenizer(TEXTS)["input_ids"]
     kinds = {
@@ -104,6 +112,7 @@ def test_a_data_set_may_have_texts_ids_and_dicts(gpt2, tmp_path):
         "text": [{"text": text, "label": 1} for text in TEXTS],
         "tokenized": [{"text": "other", "input_ids": row} for row in ids],
         "data set": DataSet(),
+        "no end": NoEnd(),
         "mixed": [TEXTS[0], ids[1], {"text": TEXTS[2]}, {"input_ids": ids[3]}, tuple(ids[4])],
     }
     for name, given in kinds.items():
@@ -152,6 +161,25 @@ def test_steering_by_another_vector_is_another_request(gpt2, tmp_path):
             gpt2.extract(TEXTS, ["transformer.h.1"], tmp_path)
     with gpt2.steer(layer, vector, scale=2, positions=[0]):
         gpt2.extract(TEXTS, ["transformer.h.1"], tmp_path)
+
+
+@pytest.mark.parametrize("way", ["function", "block"])
+def test_an_edit_that_sees_another_value_is_another_request(gpt2, tmp_path, way):
+    def extract(scale):
+        def change():
+            gpt2.transformer.h[0].hidden *= scale
+
+        if way == "function":
+            edited = gpt2.edit(change)
+        else:
+            with gpt2.edit() as edited:
+                gpt2.transformer.h[0].hidden *= scale
+        return edited.extract(TEXTS, ["transformer.h.0"], tmp_path)
+
+    first = extract(1.0)
+    assert torch.equal(extract(1.0)[0]["transformer.h.0"], first[0]["transformer.h.0"])
+    with pytest.raises(ExtractError, match="with other edits"):
+        extract(2.0)
 
 
 def test_a_value_that_the_model_changes_later_is_stored_as_it_was(tmp_path):

@@ -301,6 +301,7 @@ def same(one, other):
     return one == other
 
 
+@pytest.mark.filterwarnings("ignore:Step .* never came")
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(step_programs, st.integers(0, 4))
 @example([(None, [(1, "input", False), (0, "input", False)], "end"), (None, [(1, "output", False)], "end")], 1)

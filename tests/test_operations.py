@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from nnsight_eager import SourceError
-from nnsight_eager.operations import CALLS, dissected, peeled
+from nnsight_eager.operations import CALLS, dissected
+from nnsight_eager.peeling import peeled
 
 counter = 0
 

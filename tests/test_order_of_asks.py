@@ -226,7 +226,7 @@ def test_a_point_outside_every_trace_is_refused(model):
     with pytest.raises(OutsideTraceError) as caught:
         _ = model.h[0].output
     assert str(caught.value) == (
-        "A point was read where no trace of this model is open.\n"
+        "`model.h[0].output` was asked for where no trace of this model is open.\n"
         "Read it inside `with model.trace(...):`, where a value stays an ordinary variable afterwards, or hold a run open: "
         "`run = model.trace(...).start()`."
     )

@@ -170,7 +170,7 @@ def test_what_cannot_be_called_is_refused(model, fn, said):
 
 def test_a_trace_says_where_it_is(model):
     tracer = model.trace(X4)
-    assert repr(tracer) == "<forward of Stack: not begun>"
+    assert repr(tracer) == "<forward of Stack: not begun; it is begun by `with` or `.result`>"
     with tracer:
         assert repr(tracer) == "<forward of Stack: at the start>"
         _ = model.h[1].lin.output

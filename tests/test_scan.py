@@ -78,6 +78,22 @@ def test_asking_a_scan_for_a_value_says_that_it_has_none(model):
     assert caught.value.__notes__ == ["A scan has shapes and no values, and something here asks for a value."]
 
 
+class Choosing(torch.nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_a_model_that_asks_a_map_or_the_end_of_a_scan_for_a_value_says_so_too():
+    def scanned(model):
+        with model.scan(X4):
+            pass
+
+    for show in (scanned, lambda model: model.map(X4)):
+        with pytest.raises(Exception, match=r"aten\.") as caught:
+            show(NNsight(Choosing()))
+        assert caught.value.__notes__[-1] == "A scan has shapes and no values, and something here asks for a value."
+
+
 def test_a_map_lists_the_modules_in_the_order_they_begin(model):
     found = model.map(X4)
     assert [row.path for row in found.rows] == ["", "h.0", "h.0.lin", "h.1", "h.1.lin", "h.2", "h.2.lin", "head"]
@@ -150,3 +166,15 @@ def test_a_map_shows_visits_where_a_module_is_visited_more_than_once_and_counts_
     assert "visits" not in repr(found)
 
     assert repr(NNsight(Twice()).map(X4)).splitlines()[0].split()[-1] == "visits"
+
+
+@pytest.mark.parametrize("prompt", ["The Eiffel", ["The", "The Eiffel Tower is in"]], ids=["one", "padded"])
+def test_steering_and_ablation_are_in_scans(gpt2, prompt):
+    shape = gpt2.map(prompt)["transformer.h.1"].output
+    for positions in (0, -1, slice(0, 1), [0, -1], (0, -1)):
+        gpt2.steer(gpt2.transformer.h[0], torch.randn(32), positions=positions)
+    gpt2.ablate(gpt2.transformer.h[1], "mean")
+    gpt2.ablate(gpt2.transformer.h[1].mlp, "mean", positions=0)
+    assert gpt2.map(prompt)["transformer.h.1"].output == shape
+    with gpt2.scan(prompt):
+        assert gpt2.transformer.h[1].hidden.shape[-1] == 32

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import gc
+import itertools
 import pickle
 import sys
 import threading
@@ -553,6 +554,28 @@ def test_two_threads_trace_one_block_with_its_source_and_without(model, block):
     assert not wrong
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("hooked", [False, True])
+def test_traces_that_are_open_together_each_have_their_operations(model, block, order, hooked):
+    net = model._module.blocks[0]
+    if hooked:
+        from accelerate.hooks import ModelHook, add_hook_to_module
+
+        add_hook_to_module(net, ModelHook())
+    relus, outs = {}, {}
+    with as_before(model), contextlib.ExitStack() as open_together:
+        traces = [open_together.enter_context(model.trace(X + number)) for number in range(3)]
+        sources = [each.model.blocks[0].source for each in traces]  # each is there before any comes to the block
+        for number in order:
+            relus[number] = sources[number].torch_relu_0.output
+            sources[number].torch_relu_0.output = relus[number] * number
+        for number in reversed(order):
+            outs[number] = traces[number].model.blocks[0].output
+    for number in range(3):
+        assert torch.equal(relus[number], torch.relu(net.lin(X + number)))
+        assert torch.equal(outs[number], net.by_hand(X + number, relu=lambda value, number=number: value * number))
+
+
 def test_a_trace_inside_a_trace_has_operations_of_its_own(model, block):
     with as_before(model), model.trace(X) as outer:
         first = block.source.self_lin_0.output
@@ -651,10 +674,11 @@ def test_an_operation_that_has_been_passed_is_an_error(model, block):
         block.source.self_lin_0.output
 
     assert sentence(OutOfOrderError, trace(model, read)) == (
-        "`model.blocks[0].source.self_lin_0.output` is not reached any more: the forward of `model.blocks[0]` had come past it "
-        "when it was asked for.\n"
+        "`model.blocks[0].source.self_lin_0.output` is not reached any more: it was asked for when the forward of "
+        "`model.blocks[0]` had begun, or had come past it.\n"
         "Read `model.blocks[0].source.self_lin_0.output` above the line that reads "
-        "`model.blocks[0].source.torch_relu_0.output`."
+        "`model.blocks[0].source.torch_relu_0.output`; where it comes behind that, write `model.blocks[0].source` above that "
+        "line."
     )
 
 
@@ -677,9 +701,10 @@ def test_a_forward_that_had_begun_unheard_is_an_error_at_once(model, block):
         block.source.shifted_0.output
 
     assert sentence(OutOfOrderError, trace(model, read)) == (
-        "`model.blocks[0].source.shifted_0.output` is not reached any more: the forward of `model.blocks[0]` had come past it "
-        "when it was asked for.\n"
-        "Read `model.blocks[0].source.shifted_0.output` above the line that reads `model.blocks[0].lin.output`."
+        "`model.blocks[0].source.shifted_0.output` is not reached any more: it was asked for when the forward of "
+        "`model.blocks[0]` had begun, or had come past it.\n"
+        "Read `model.blocks[0].source.shifted_0.output` above the line that reads `model.blocks[0].lin.output`; where it comes "
+        "behind that, write `model.blocks[0].source` above that line."
     )
 
 
@@ -768,7 +793,7 @@ def test_the_forward_itself_cannot_ask_for_its_operations(model, block):
 
 def test_outside_a_trace_there_is_the_listing_and_no_value(model, block):
     assert sentence(OutsideTraceError, lambda: block.source.torch_relu_0.output).startswith(
-        "A point was read where no trace of this model is open."
+        "A point was asked for where no trace of this model is open."
     )
 
 
@@ -917,23 +942,41 @@ def test_a_wrapper_that_does_not_say_what_it_wraps_is_followed(model, block):
     assert torch.equal(relu, torch.relu(net.lin(X)))
 
 
-@pytest.mark.xfail(strict=True, reason="accelerate's own wrapper is shown in place of the forward it calls")
-def test_below_accelerates_hooks_there_is_the_forward(model, block):
+def test_below_accelerates_hooks_there_is_the_forward_and_they_stay(model, block):
     from accelerate.hooks import ModelHook, add_hook_to_module
 
-    add_hook_to_module(model._module.blocks[0], ModelHook())
-    with as_before(model), model.trace(X):
-        assert torch.equal(block.source.torch_relu_0.output, torch.relu(model._module.blocks[0].lin(X)))
+    class Doubling(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            return (args[0] * 2,), kwargs
 
-
-def test_accelerates_hooks_stay_and_their_calls_are_points(model, block):
-    from accelerate.hooks import ModelHook, add_hook_to_module
+        def post_forward(self, module, output):
+            return output * 10
 
     net = model._module.blocks[0]
-    add_hook_to_module(net, ModelHook())
+    add_hook_to_module(net, Doubling(), append=True)
+    assert list(block.source) == list(model.blocks[1].source)
     with as_before(model), model.trace(X):
-        out = block.source.output_1.output
-    assert torch.equal(out, net.by_hand(X))
+        relu = block.source.torch_relu_0.output
+        block.source.torch_relu_0.output = relu * 0
+        inner = block.source.shifted_0.source.moved_0.output.clone()  # which `hidden += x` changes
+        out = block.output
+    assert torch.equal(relu, torch.relu(net.lin(X * 2)))
+    assert torch.equal(inner, torch.full((1, 3), 2.0))
+    assert torch.equal(out, (2 + X * 2) * 10)
+    assert torch.equal(net(X), net.by_hand(X * 2) * 10)
+
+
+def test_a_partial_that_wraps_something_else_is_shown_itself(model, block):
+    net = model._module.blocks[0]
+    inner = net.forward
+
+    def mine(module, x):
+        return module.lin(x)
+
+    net.forward = functools.update_wrapper(functools.partial(mine, net), inner)
+    with as_before(model), model.trace(X):
+        assert list(block.source) == ["module_lin_0"]
+        assert torch.equal(block.source.module_lin_0.output, net.lin(X))
 
 
 def test_a_copy_made_meanwhile_is_a_model_of_its_own(model, block):

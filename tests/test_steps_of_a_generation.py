@@ -1,12 +1,15 @@
 # ruff: noqa: C416 -- a loop over the steps, and an error that leaves the trace, are what is tested
 """Loops over steps: each ask is of the current step, and a loop ends when generation ends."""
 
+import sys
+
 import pytest
 import torch
 from small_models import X4, Stack, hooked
 
 from nnsight_eager import NNsight
 from nnsight_eager.errors import NotReachedError, StepError
+from nnsight_eager.steps import chosen as steps_of
 
 BEHIND_THE_END = "`tracer.iter[...]` was given {}; how many steps there will be is not known, so none counts from the end."
 
@@ -42,14 +45,12 @@ def same(read, seen):
         (slice(1, None, 3), [1, 4]),
         (slice(2, 2), []),
         (slice(0, 50, 2), [0, 2, 4]),
-        (slice(50, 60), []),
         ([0, 3], [0, 3]),
         ((1, 99), [1]),
         ([], []),
         (range(1, 4), [1, 2, 3]),
         (3, [3]),
         (0, [0]),
-        (7, []),
     ],
     ids=repr,
 )
@@ -260,3 +261,25 @@ def test_a_call_that_never_runs_the_root_is_one_step(model):
     assert steps == [0]
     assert torch.equal(hidden, model.h[0](X4))
     assert torch.equal(tracer.result, blocks_only(X4))
+
+
+@pytest.mark.parametrize("selection", [7, slice(3, None), slice(50, 60), [4, 6]], ids=str)
+def test_a_loop_warns_at_its_line_where_no_step_that_it_asks_for_comes(model, selection):
+    ran = []
+    with pytest.warns(UserWarning, match="never came") as told, generate(model) as tracer:
+        line = sys._getframe().f_lineno + 1
+        for step in tracer.iter[selection]:
+            ran += [step]
+        ran += ["behind the loop"]
+    assert ran == ["behind the loop"]
+    first = selection.start if isinstance(selection, slice) else next(iter(steps_of(selection)))
+    (warning,) = told
+    assert str(warning.message) == f"Step {first} never came, so this loop did nothing: the run made 3 steps, counted from 0."
+    assert (warning.filename, warning.lineno) == (__file__, line)
+
+
+def test_a_loop_that_ends_after_some_of_its_steps_does_not_warn(model):
+    with generate(model) as tracer:
+        assert list(tracer.iter[1:9]) == [1, 2]
+    with generate(model) as tracer:
+        assert list(tracer.iter[2:2]) == []

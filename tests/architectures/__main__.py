@@ -52,7 +52,8 @@ def summary(rows: Sequence[Row]) -> str:
     return (
         f"{len(rows)} models of {len({row.architecture for row in rows})} architectures, {equal} equal to plain hooks: "
         f"{sum(row.modules for row in rows)} modules, {sum(row.compared for row in rows)} values compared, "
-        f"{sum(row.zeroed for row in rows)} zeroed; {steps} generate."
+        f"{sum(row.zeroed for row in rows)} zeroed, {sum(row.patterns for row in rows)} kinds of attention patterns; "
+        f"{steps} generate."
     )
 
 

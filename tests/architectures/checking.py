@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nnsight_eager import LanguageModel, NNsight
+from nnsight_eager import LanguageModel, NNsight, NotReachedError
 
 STEPS = 3
+CLOSE = 2e-5
 PLAIN = (str, bytes, int, float, bool, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -34,6 +35,7 @@ class Found:
     modules: int = 0
     compared: int = 0
     zeroed: int = 0
+    patterns: int = 0
     steps: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what transformers itself cannot do here
@@ -137,6 +139,8 @@ class Checks:
             for name in sample(self.module, seen, zeroed):
                 self.zeroes(name)
                 self.found.zeroed += 1
+            for name in kinds(self.module):
+                self.has_pattern(name, result)
 
     def generation(self) -> None:
         """Reading at each step of a generation."""
@@ -226,9 +230,37 @@ class Checks:
         if differ(outcome(traced), expected):
             self.problem(f"zeroing {name}", "the result differs")
 
+    def has_pattern(self, name: str, result: list[Any]) -> None:
+        """Where a module has an attention pattern, rows of it are at most 1, and the model goes on as without asking for it."""
+        torch.manual_seed(0)
+        try:
+            with self.model.trace(**self.inputs) as tracer:
+                pattern = self.at(tracer.model, name).pattern
+        except NotReachedError:  # it is no attention of the library's interface, or does not run
+            return
+        self.found.patterns += 1
+        if not bool((pattern.sum(-1) < 1 + CLOSE).all() and (pattern >= 0).all()):
+            self.problem(f"{name}.pattern", "it is none")
+        if not near([*leaves(tracer.result)], result):
+            self.problem(f"{name}.pattern", "the result differs")
+
     @staticmethod
     def at(root: Any, name: str) -> Any:
         return root[name] if name else root
+
+
+def kinds(module: torch.nn.Module) -> list[str]:
+    """One module of each class, and of each that looks back otherwise."""
+    found: dict[Any, str] = {}
+    for name, each in module.named_modules():
+        found.setdefault((type(each), getattr(each, "is_causal", None), getattr(each, "sliding_window", None)), name)
+    return [*found.values()]
+
+
+def near(one: list[Any], other: list[Any]) -> bool:
+    """Whether two lists of leaves are the same up to rounding; what is no number is not looked at."""
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    return all(torch.allclose(a, b, rtol=CLOSE, atol=CLOSE, equal_nan=True) for a, b in pairs)
 
 
 def outcome(call: Callable[[], Any]) -> list[Any]:

@@ -25,6 +25,7 @@ class Row(NamedTuple):
     modules: int
     compared: int
     zeroed: int
+    patterns: int
     steps: int
     result: str
     why_not: str
@@ -47,7 +48,7 @@ def looked_at(family: Family, architecture: str, zeroed: int) -> Row:
             module(**inputs)
     except Exception as error:  # the small configuration is not one that this version can run
         said = str(error).strip().splitlines() or [""]
-        return Row(architecture, family.name, "", 0, 0, 0, 0, "not run", f"{type(error).__name__}: {said[0]}")
+        return Row(architecture, family.name, "", 0, 0, 0, 0, 0, "not run", f"{type(error).__name__}: {said[0]}")
     checks = Checks(module, inputs)
     checks.forward(zeroed)
     if isinstance(module, transformers.GenerationMixin) and module.can_generate():
@@ -62,6 +63,7 @@ def looked_at(family: Family, architecture: str, zeroed: int) -> Row:
         found.modules,
         found.compared,
         found.zeroed,
+        found.patterns,
         found.steps,
         "differs" if found.problems else "equal",
         why_not,
