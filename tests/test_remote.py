@@ -1121,6 +1121,54 @@ def test_a_future_whose_server_is_away_is_looked_at_without_waiting_and_runs_whe
     assert len(lost) == 1
 
 
+def test_with_several_ranks_what_a_client_has_is_taken_away_when_no_call_of_it_is_under_way(folder, tmp_path):
+    from remote_in_process import client
+
+    from nnsight_eager.remote.ranks import First
+    from nnsight_eager.remote.serving import Server
+    from nnsight_eager.remote.sessions import Limits
+
+    done, begun, go = [], tmp_path / "begun", tmp_path / "go"
+
+    class Noting(First):
+        several = False  # the model is whole here
+
+        def __init__(self):
+            super().__init__([], lambda doing: None, lambda: None)
+
+        @contextlib.contextmanager
+        def alike(self, method, *args):
+            with super().alike(method, *args) as call:
+                yield call
+                done.append(method)
+
+    server = Server(str(folder("gpt2")), "tiny", {}, Limits(silence=1e6), Noting())
+    model = client(server)
+    line, session = model._tree.line, model._tree.line._opened.session
+
+    def waits(_, handle):
+        begun.touch()
+        wait_until(go.exists)
+        return handle.sum()
+
+    with model.trace(PROMPT):
+        handle = model.transformer.h[0].output_ref
+    future = model.submit(waits, handle)
+    wait_until(begun.exists)
+    done.clear()
+    assert server.beat(session, [("ref", handle._number)])
+    assert handle.norm() > 0  # another call of the client, which has begun before what it names is let go
+    server.leave(session)
+    assert done == ["handled"]
+    assert server.call(session, "lm_head", None) == ("unknown", None)  # nothing begins any more
+    go.touch()
+    future.result(60)
+    wait_until(lambda: "leave" in done)
+    assert done == ["handled", "run_function", "beat", "close", "leave"]
+    assert server.status()["clients"] == []
+    line.threads.shutdown()
+
+
 def test_the_magics_lead_a_run_there_and_know_its_paths(remote, local, shell):
     from nnsight_eager.interactive.magics import HeldRunMagics
 

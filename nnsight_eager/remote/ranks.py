@@ -6,8 +6,9 @@
 
 On every rank the same calls take the same turns at computing. Rank 0 gives a turn to who has computed least, and tells the
 others; each of them waits with a call until the turn that it is told of is that call's. So all ranks issue the same
-collectives in the same order, however many clients there are. The calls and the turns go over Ray, the tensors over torch's
-process group. One model on one actor is the case in which nobody has to be told.
+collectives in the same order, however many clients there are. What a client has is taken away when none of its calls is under
+way on any rank: what one rank finds, the others find too. The calls and the turns go over Ray, the tensors over torch's process
+group. One model on one actor is the case in which nobody has to be told.
 """
 
 import itertools
@@ -42,6 +43,10 @@ class Alone:
     def alike(self, method: str, *args: Any) -> Iterator[int]:
         """Have every rank do this; the number of the call, by which its turns are told apart."""
         yield _call.get()
+
+    def take_away(self, when_quiet: Callable[[Callable[[], None]], None], do: Callable[[], None]) -> None:
+        """Take something of a client away; `when_quiet` has it done when no call of the client is under way."""
+        do()
 
 
 class First(Alone):
@@ -79,6 +84,10 @@ class First(Alone):
             self._done(doing)
             if self.broken():
                 self._end()
+
+    def take_away(self, when_quiet: Callable[[Callable[[], None]], None], do: Callable[[], None]) -> None:
+        """Take something of a client away, not before its calls have ended: another rank may not have looked for it yet."""
+        when_quiet(do)
 
     def _tell(self, call: int) -> None:
         self._told += 1

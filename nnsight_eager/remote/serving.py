@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Final
 
@@ -80,20 +81,24 @@ class Server:
         except KeyError:
             return False
         if forget:
-            with self._ranks.alike("beat", session, forget):
-                self._forget(found, forget)
+            self._ranks.take_away(found.when_quiet, partial(self._forget, found, forget))
         return True
 
     def _forget(self, session: Session, forget: list[tuple[str, int]]) -> None:
-        for kind, number in forget:
-            if kind == "ref":
-                session.refs.pop(number, None)
-            else:
-                self._close(session, number, "was closed by its client")
+        with self._ranks.alike("beat", session.number, forget):
+            for kind, number in forget:
+                if kind == "ref":
+                    session.refs.pop(number, None)
+                else:
+                    self._close(session, number, "was closed by its client")
 
     def leave(self, session: int) -> None:
         """The client goes, and what it has here goes with it."""
-        self._sessions.shut(session)  # before other ranks hear of it: nothing begins for this client any more
+        found = self._sessions.shut(session)  # nothing begins for this client any more
+        if found is not None:
+            self._ranks.take_away(found.when_quiet, partial(self._end, session))
+
+    def _end(self, session: int) -> None:
         with self._ranks.alike("leave", session):
             self._sessions.end(session)
 
@@ -127,8 +132,13 @@ class Server:
         session, message = message_meant(sent)
         try:
             found = self._sessions[session]
+            with found.under_way():
+                return answer_sent(self._went(found, message, sent))
         except KeyError:
             return None
+
+    def _went(self, found: Session, message: Message, sent: Any) -> Answer:
+        """What comes of a message on all ranks."""
         limit = self._sessions.limits.memory
         try:
             if message.begin is not None and limit is not None:
@@ -136,10 +146,10 @@ class Server:
             with self._ranks.alike("go", sent) as call:
                 answer = self._gone(found, message, call)
         except Exception as error:
-            return answer_sent(Answer(NOWHERE, None, told(error)))
+            return Answer(NOWHERE, None, told(error))
         if limit is not None and not answer.at.finished and not isinstance(answer.value, At):
             answer = self._within_memory(found, message.run, answer, limit)
-        return answer_sent(answer)
+        return answer
 
     def _gone(self, found: Session, message: Message, call: int) -> Answer:
         """What came of a message."""
@@ -215,7 +225,8 @@ class Server:
     def close(self, session: int, run: int) -> None:
         """End a run that its client is done with."""
         with contextlib.suppress(KeyError):  # the client is gone, and its runs with it
-            self._close(self._sessions[session], run, "has ended")
+            found = self._sessions[session]
+            self._ranks.take_away(found.when_quiet, partial(self._close, found, run, "has ended"))
 
     def _refuse_more(self, session: Session, limit: int) -> None:
         held = session.nbytes(self._weights)
@@ -259,8 +270,7 @@ class Server:
 
     def call(self, session: int, path: str, sent: Packed) -> tuple[str, Any]:
         """Apply a module to values, beside every run."""
-        with self._ranks.alike("call", session, path, sent):
-            return self._answered(session, lambda found: packed(self._applied(found, path, sent)))
+        return self._answered(session, lambda found: packed(self._applied(found, path, sent)), "call", path, sent)
 
     def _applied(self, session: Session, path: str, sent: Packed) -> Any:
         args, kwargs = unpacked(sent, device=device_of(self._model._module), there=partial(session.lookup, session.model))
@@ -269,8 +279,9 @@ class Server:
 
     def handled(self, session: int, number: int, operation: str, sent: Packed | None) -> tuple[str, Any]:
         """Do something with what a client has a handle of; a tensor that comes of it stays here, under a number of its own."""
-        with self._ranks.alike("handled", session, number, operation, sent):
-            return self._answered(session, lambda found: self._handled(found, number, operation, sent))
+        return self._answered(
+            session, lambda found: self._handled(found, number, operation, sent), "handled", number, operation, sent
+        )
 
     def _handled(self, session: Session, number: int, operation: str, sent: Packed | None) -> Any:
         tensor = session.kept(number)
@@ -286,12 +297,19 @@ class Server:
                 value = value.clone()  # a view would keep all of it
             return session.keep(value), form_of(value)
 
-    def _answered(self, session: int, do: Callable[[Session], Any]) -> tuple[str, Any]:
-        """What came of doing something for a client."""
+    def _answered(self, session: int, do: Callable[[Session], Any], *told_as: Any) -> tuple[str, Any]:
+        """What came of doing something for a client; `told_as` is the method, and its arguments, that all ranks do then."""
         try:
             found = self._sessions[session] if self._ranks.answers else self._sessions.or_stranger(session)
+            with found.under_way(), self._alike(session, *told_as):
+                return self._tried(found, do)
         except KeyError:
             return "unknown", None
+
+    def _alike(self, session: int, *told_as: Any) -> AbstractContextManager[Any]:
+        return self._ranks.alike(told_as[0], session, *told_as[1:]) if told_as else nullcontext()
+
+    def _tried(self, found: Session, do: Callable[[Session], Any]) -> tuple[str, Any]:
         try:
             return "returned", do(found)
         except Exception as error:

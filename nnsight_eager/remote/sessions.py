@@ -9,7 +9,8 @@ sessions.close_silent(end)        # those who have given no sign of life for too
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -76,8 +77,36 @@ class Session:
         """Why a run is not there any more."""
         self.cancelled: set[int] = set()
         self.open = True
+        self._lock = threading.Lock()
+        self._under_way = 0
+        self._later: list[Callable[[], None]] = []
         self._refs = itertools.count()
         self._heard = time.monotonic()
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """A call of this client, from its begin to its end on all ranks; `KeyError` where the client is going."""
+        with self._lock:
+            if not self.open:
+                raise KeyError(self.number)
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
+                due = [] if self._under_way else self._later
+                self._later = self._later if self._under_way else []
+            for do in due:
+                do()
+
+    def when_quiet(self, do: Callable[[], None]) -> None:
+        """Do something as soon as no call of this client is under way."""
+        with self._lock:
+            if self._under_way:
+                self._later.append(do)
+                return
+        do()
 
     @property
     def queued(self) -> str:
@@ -189,11 +218,14 @@ class Sessions:
                 if not seat.busy and time.monotonic() - seat.touched > self.limits.idle:
                     self._close(session, number, f"was closed: nobody had touched it for {self.limits.idle:g} seconds")
 
-    def shut(self, number: int) -> None:
-        """The client is going: what it waits for does not begin any more."""
+    def shut(self, number: int) -> Session | None:
+        """The client is going: nothing begins for it any more. `None` where it has been said before."""
         session = self._sessions.get(number)
-        if session is not None:
+        if session is None or not session.open:
+            return None
+        with session._lock:
             session.open = False
+        return session
 
     def end(self, number: int) -> None:
         """The client is gone."""
