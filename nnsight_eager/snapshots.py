@@ -11,10 +11,11 @@ def snapshot(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor.clone()`, put off until the tensor, the copy or a view of one is written (torch's copy-on-write storages).
 
     Copied at once: part of a larger tensor, which would keep all of it; a module's own parameter, which is to stay where it
-    is; and what is not plain memory of this process. What writes past torch is not noticed: numpy, in an array that it had of
-    the tensor before.
+    is; and what is quantized, or is not plain memory of this process. What writes past torch is not noticed: numpy, in an array
+    that it had of the tensor before. Nor is a copy made for two threads at once (torch 2.13): they take turns at writing one
+    tensor, also at different places of it.
     """
-    if type(tensor) is torch.Tensor and tensor.is_cpu:
+    if type(tensor) is torch.Tensor and tensor.is_cpu and not tensor.is_quantized:  # whose scale is not copied
         try:
             if tensor.untyped_storage().nbytes() == tensor.nbytes:
                 return torch._lazy_clone(tensor)

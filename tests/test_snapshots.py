@@ -93,5 +93,14 @@ def test_whatever_the_tensor_is_the_copy_is_as_of_clone(tensor):
         assert torch.equal(kept.to_dense(), tensor.to_dense())
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor.*deprecated:UserWarning")
+def test_a_quantized_tensor_keeps_its_scale():
+    tensor = torch.quantize_per_tensor(torch.ones(3), 0.25, 0, torch.qint8)
+    kept = snapshot(tensor)
+    assert not is_lazy(kept)
+    assert torch.equal(kept, tensor)
+    assert kept.q_scale() == 0.25
+
+
 def test_under_vmap():
     assert torch.vmap(lambda row: snapshot(row).add_(1))(torch.zeros(2, 3)).tolist() == [[1] * 3] * 2
