@@ -9,6 +9,8 @@ with model.trace("The Eiffel Tower is in the city of"):
     logits = model.lm_head.output
 """
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import lazy_loader
@@ -16,7 +18,17 @@ import lazy_loader
 from .compat import add_save_to_tensors
 
 # What there is, `__init__.pyi` says; each name is imported where it is first used.
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_named, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> Any:
+    """A name of the package, or one of its modules: `nnsight_eager.errors` needs no import of its own."""
+    if name in __all__:
+        return _named(name)
+    if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
+        raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
+    return import_module(f"{__name__}.{name}")
+
 
 add_save_to_tensors()
 

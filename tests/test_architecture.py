@@ -529,6 +529,12 @@ def test_what_the_package_has_for_everybody_imports_neither_ipython_nor_transfor
     assert printed_by(code) == "[]"
 
 
+def test_a_module_of_the_package_is_an_attribute_of_it_without_an_import_of_its_own():
+    assert printed_by("import nnsight_eager as n; print(n.errors.EditError is n.EditError)") == "True"
+    code = "import nnsight_eager as n; print([hasattr(n, name) for name in ('errrors', '_x', '__wrapped__', 'Trace')])"
+    assert printed_by(code) == "[False, False, False, True]"
+
+
 def test_importing_the_package_imports_what_is_used_and_no_more():
     ours = "sorted(name for name in sys.modules if name.startswith('nnsight_eager'))"
     assert printed_by(f"import sys, nnsight_eager; print({ours})") == "['nnsight_eager', 'nnsight_eager.compat']"
