@@ -240,7 +240,7 @@ class Visit(Tap):
 
     def _pause(self, forward: Forward, held: Any) -> None:
         """Pause here; what was changed in place meanwhile is refused where it would not reach the gradient."""
-        if not forward.differentiable or (grad_enabled() and top_saved_tensor_hooks(True) is None):
+        if top_saved_tensor_hooks(True) is None and (grad_enabled() or not forward.differentiable):
             forward.pause(self)
             while forward.applied is not None:
                 self._apply(forward)
@@ -315,9 +315,14 @@ class RootVisit(Visit):
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """One forward pass: in a generation without gradients, though the code of the trace runs with them."""
-        if current_stack() is self.stack:
-            self.forward.differentiable = grad_enabled() or is_in_checkpoint(sys._getframe(1))
-        return Visit.__call__(self, *args, **kwargs)
+        if current_stack() is not self.stack:
+            return self.pass_through(args, kwargs)
+        forward, before = self.forward, self.forward.differentiable
+        forward.differentiable = grad_enabled() or is_in_checkpoint(sys._getframe(1))
+        try:
+            return Visit.__call__(self, *args, **kwargs)
+        finally:
+            forward.differentiable = before  # the code around may go on with gradients, in the model's own modules
 
     def _enter(self, forward: Forward) -> None:
         """A step's forward pass begins."""

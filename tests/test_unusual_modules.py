@@ -79,6 +79,34 @@ def test_a_change_in_place_inside_checkpointing_is_refused_and_a_read_is_not(x, 
     loss.backward()
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_an_edit_in_checkpointing_is_refused_after_a_pass_without_gradients(x, use_reentrant):
+    model = NNsight(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()))
+    first, second = model._module
+
+    def call(x):
+        with torch.no_grad():
+            model._module(x)
+        return checkpoint(lambda y: second(second(first(y))), x, use_reentrant=use_reentrant)
+
+    with pytest.raises(EditError, match="is inside gradient checkpointing"), model.trace(x.requires_grad_(), fn=call):
+        _ = model[1].output
+        again = model[0].next()
+        again.output = again.output * 2
+
+
+def test_an_edit_in_checkpointing_is_refused_where_a_model_without_gradients_sets_them_on(x):
+    class WithGradients(Checkpointed):
+        def forward(self, x):
+            with torch.enable_grad():
+                return super().forward(x)
+
+    model = NNsight(WithGradients(False))
+    call = torch.no_grad()(lambda x: model._module(x))
+    with pytest.raises(EditError, match="is inside gradient checkpointing"), model.trace(x.requires_grad_(), fn=call):
+        model.first.output = model.first.output * 2
+
+
 @pytest.mark.filterwarnings("ignore:.*is compiled. In a trace it runs eagerly:UserWarning")
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 def test_a_model_with_a_compiled_child_is_read_and_edited(x, how):
