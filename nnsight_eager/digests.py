@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
+import numpy
 import torch
 
 from .names import Names
@@ -81,6 +82,8 @@ def _inside(value: Any, above: tuple[int, ...] = ()) -> Any:
     match value:
         case torch.Tensor():
             return _of_tensor(value)
+        case numpy.ndarray() | numpy.generic():
+            return [str(value.dtype), inside(value.tolist())]
         case torch.nn.Module():
             return [type(value).__qualname__, weights(value)]
         case Envoy():
@@ -96,6 +99,8 @@ def _inside(value: Any, above: tuple[int, ...] = ()) -> Any:
             return [[repr(key), inside(each)] for key, each in value.items()]
         case list() | tuple():
             return [*map(inside, value)]
+        case set() | frozenset():  # which has another order in another process
+            return sorted(json.dumps(inside(each)) for each in value)
     own = {} if isinstance(value, (type, ModuleType)) else getattr(value, "__dict__", {})
     attributes = {name: each for name, each in own.items() if isinstance(each, (*PLAIN, torch.Tensor))}
     return [getattr(value, "__qualname__", type(value).__qualname__), inside(attributes)]

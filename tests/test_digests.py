@@ -3,6 +3,7 @@
 import functools
 import types
 
+import numpy
 import pytest
 import torch
 from small_models import Stack, run_python
@@ -58,6 +59,10 @@ DIFFERENT = {
     "types": (scaling(torch.ones(3)), scaling(torch.ones(3).double())),
     "shapes": (scaling(torch.ones(4)), scaling(torch.ones(2, 2))),
     "complex numbers": (scaling(torch.ones(2) * 1j), scaling((torch.ones(2) * 1j).conj())),
+    "arrays": (scaling(numpy.arange(3)), scaling(numpy.arange(1, 4))),
+    "types of arrays": (scaling(numpy.arange(3)), scaling(numpy.arange(3.0))),
+    "numbers of numpy": (scaling(numpy.int64(2)), scaling(numpy.int64(3))),
+    "sets": (scaling({3, 7}), scaling({3, 8})),
     "items": (scaling({"by": [1, 2]}), scaling({"by": [1, 3]})),
     "attributes": (scaling(types.SimpleNamespace(by=1)), scaling(types.SimpleNamespace(by=2))),
     "weights": (scaling(layer(1.0)), scaling(layer(2.0))),
