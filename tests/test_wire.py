@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+import numpy
 import pytest
 import torch
 
@@ -67,3 +68,10 @@ def test_a_message_is_bytes_unless_it_has_what_is_the_users_own(argument, as_byt
     assert (session, message[:5]) == (7, (3, None, before, None, "by_hand"))
     assert message.args[0] == "until"
     assert message.args[1] == argument if as_bytes else message.args[1](SimpleNamespace(step=3))
+
+
+@pytest.mark.parametrize("value", [numpy.int64(3), numpy.float32(0.5), numpy.arange(3), bytearray(b"abc")], ids=repr)
+def test_numbers_and_arrays_of_numpy_arrive_as_what_they_are(value):
+    answer, _ = answered([1, value])
+    assert type(answer.value[1]) is type(value)
+    assert numpy.array_equal(answer.value[1], value)
