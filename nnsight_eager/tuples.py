@@ -32,17 +32,22 @@ def refuse_tensor_for(whole: Any, value: Any, path: str) -> None:
 
 def explain(error: BaseException, run: Run) -> None:
     """Note on an error of the user's code at such an output what to write instead."""
-    if not isinstance(error, (TypeError, AttributeError)) or not SPEAKS_OF_A_TUPLE.search(str(error)):
-        return
+    words = SPEAKS_OF_A_TUPLE.search(str(error)) if isinstance(error, (TypeError, AttributeError)) else None
     at = run.at
-    if at is not None and at.kind is OUTPUT and isinstance(at.value, (tuple, list)):
+    if words is None or at is None or at.kind is not OUTPUT or not isinstance(at.value, (tuple, list)):
+        return
+    if words.group() in (_kind(at.value), "sequence"):
         path = run.path_of(at.module)
         error.add_note(f"{_what(at.value, path)}. Read and assign {_how(at.value, path)}.")
 
 
+def _kind(whole: tuple[Any, ...] | list[Any]) -> str:
+    return "list" if isinstance(whole, list) else "tuple"
+
+
 def _what(whole: tuple[Any, ...] | list[Any], path: str) -> str:
     values = "1 value" if len(whole) == 1 else f"{len(whole)} values"
-    return f"`{spelled(path, OUTPUT)}` is a {'list' if isinstance(whole, list) else 'tuple'} of {values}"
+    return f"`{spelled(path, OUTPUT)}` is a {_kind(whole)} of {values}"
 
 
 def _how(whole: tuple[Any, ...] | list[Any], path: str) -> str:

@@ -110,3 +110,7 @@ def test_other_errors_have_no_note(model):
         model.two.input
         (1, 2)[0] = 3  # of a tuple of the user's own, where the model is at no output
     assert not hasattr(caught.value, "__notes__")
+    with pytest.raises(AttributeError) as caught, model.trace(X):
+        model.two.output
+        [].shape  # noqa: B018  # of a list of the user's own, where the output is a tuple
+    assert not hasattr(caught.value, "__notes__")
