@@ -112,5 +112,5 @@ def test_other_errors_have_no_note(model):
     assert not hasattr(caught.value, "__notes__")
     with pytest.raises(AttributeError) as caught, model.trace(X):
         model.two.output
-        [].shape  # noqa: B018  # of a list of the user's own, where the output is a tuple
+        [].shape  # of a list of the user's own, where the output is a tuple
     assert not hasattr(caught.value, "__notes__")
