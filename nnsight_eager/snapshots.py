@@ -11,13 +11,13 @@ def snapshot(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor.clone()`, put off until the tensor, the copy or a view of one is written (torch's copy-on-write storages).
 
     Copied at once: part of a larger tensor, which would keep all of it; a module's own parameter, which is to stay where it
-    is; and what is quantized, or is not plain memory of this process. What writes past torch is not noticed: numpy, in an array
+    is; and what is quantized, empty, or not plain memory of this process. What writes past torch is not noticed: numpy, in an array
     that it had of the tensor before. Nor is a copy made for two threads at once (torch 2.13): they take turns at writing one
-    tensor, also at different places of it.
+    tensor, also at different places of it. And what is not written yet cannot be made larger in place, by `resize_` or `out=`.
     """
     if type(tensor) is torch.Tensor and tensor.is_cpu and not tensor.is_quantized:  # whose scale is not copied
         try:
-            if tensor.untyped_storage().nbytes() == tensor.nbytes:
+            if tensor.untyped_storage().nbytes() == tensor.nbytes > 0:
                 return torch._lazy_clone(tensor)
         except RuntimeError:  # sparse, mapped from a file, batched by `vmap`
             pass

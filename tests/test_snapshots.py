@@ -93,6 +93,14 @@ def test_whatever_the_tensor_is_the_copy_is_as_of_clone(tensor):
         assert torch.equal(kept.to_dense(), tensor.to_dense())
 
 
+def test_an_empty_buffer_can_be_filled_afterwards():
+    buffer = torch.empty(0)
+    kept = snapshot(buffer)
+    torch.add(torch.ones(3), 1, out=buffer)
+    assert buffer.tolist() == [2, 2, 2]
+    assert not len(kept)
+
+
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor.*deprecated:UserWarning")
 def test_a_quantized_tensor_keeps_its_scale():
     tensor = torch.quantize_per_tensor(torch.ones(3), 0.25, 0, torch.qint8)
