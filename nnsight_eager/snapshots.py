@@ -11,9 +11,9 @@ def snapshot(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor.clone()`, put off until the tensor, the copy or a view of one is written (torch's copy-on-write storages).
 
     Copied at once: part of a larger tensor, which would keep all of it; a module's own parameter, which is to stay where it
-    is; and what is quantized, empty, or not plain memory of this process. What writes past torch is not noticed: numpy, in an array
-    that it had of the tensor before. Nor is a copy made for two threads at once (torch 2.13): they take turns at writing one
-    tensor, also at different places of it. And what is not written yet cannot be made larger in place, by `resize_` or `out=`.
+    is; and what is quantized, empty, or not plain memory of this process. What writes past torch is not noticed: numpy, in an
+    array that it had of the tensor before. As long as the memory is shared (torch 2.13), a tensor is not made larger in place,
+    and threads take turns at writing one tensor, also at different places of it.
     """
     if type(tensor) is torch.Tensor and tensor.is_cpu and not tensor.is_quantized:  # whose scale is not copied
         try:
