@@ -337,6 +337,7 @@ class Trace(OneOfRanks):
         return self._view
 
     @property
+    @at_the_users_line
     def result(self) -> Any:
         """What the model call returns: inside the block the rest of it runs first; without a block, all of it.
 
