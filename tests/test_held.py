@@ -20,6 +20,7 @@ from nnsight_eager import (
     WrongThreadError,
     has_nan,
 )
+from nnsight_eager.interactive import predicates
 
 
 class Dropping(torch.nn.Module):
@@ -270,12 +271,10 @@ def test_a_trace_that_keeps_can_be_held_by_hand(gpt2):
     ],
 )
 def test_a_run_goes_on_to_what_a_predicate_names(model, predicate, says):
-    import nnsight_eager
-
     run = model.trace(X4).start()
     run.to(model.h[0].lin)
     model.h[0].lin.output[:, :2] = float("inf")
-    wanted = eval(predicate, vars(nnsight_eager))
+    wanted = eval(predicate, vars(predicates))
     if says:
         run.until(wanted)
         assert says in repr(run)

@@ -105,4 +105,4 @@ def test_a_name_that_is_not_there_is_refused_at_its_line_and_in_our_words_only(w
         wrong(NNsight(Stack()))
     assert functions(caught.value)[1:] == ["<lambda>"]
     assert caught.value.args == (said,)
-    assert getattr(caught.value, "name", None) is None  # or Python would make a suggestion of its own behind ours
+    assert getattr(caught.value, "obj", None) is None  # or Python would make a suggestion of its own behind ours
