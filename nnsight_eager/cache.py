@@ -21,7 +21,7 @@ from .folding import folded
 from .nested import copied, described, first_tensor, tensors
 from .paths import near, spelled
 from .shown import Column, Grid, Line, Part, Shown
-from .snapshots import snapshot
+from .snapshots import settle, snapshot
 from .summaries import one_line
 from .visits import OUTPUT, Visit
 
@@ -203,6 +203,8 @@ class Cached(Shown):
         entries = self._cache._entries.get(self._path)
         if entries is None:
             raise self._unknown()
+        for each in tensors([tuple(entry) for entry in entries]):
+            settle(each)
         return entries
 
     @property

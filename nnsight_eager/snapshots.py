@@ -4,7 +4,12 @@ kept = snapshot(hidden)      # takes no memory and, whatever the size, a microse
 hidden *= 0                  # torch copies here, and `kept` has what was there
 """
 
+import threading
+from typing import Final
+
 import torch
+
+_lock: Final = threading.Lock()
 
 
 def snapshot(tensor: torch.Tensor) -> torch.Tensor:
@@ -22,3 +27,10 @@ def snapshot(tensor: torch.Tensor) -> torch.Tensor:
         except RuntimeError:  # sparse, mapped from a file, batched by `vmap`
             pass
     return tensor.clone()
+
+
+def settle(tensor: torch.Tensor) -> None:
+    """Have a copy be made that was put off: what is handed out may be used by several threads."""
+    if tensor.layout is torch.strided and torch._C._is_cow_tensor(tensor):  # type: ignore[attr-defined]
+        with _lock:
+            tensor.data_ptr()  # whoever asks for it may write

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nnsight_eager.snapshots import snapshot
+from nnsight_eager import NNsight
+from nnsight_eager.snapshots import settle, snapshot
 
 WRITES = {
     "the tensor": lambda tensor, kept: tensor.mul_(3),
@@ -112,3 +113,34 @@ def test_a_quantized_tensor_keeps_its_scale():
 
 def test_under_vmap():
     assert torch.vmap(lambda row: snapshot(row).add_(1))(torch.zeros(2, 3)).tolist() == [[1] * 3] * 2
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_settled_copy_has_memory_of_its_own(alone):
+    tensor = torch.randn(3)
+    before, kept = tensor.tolist(), snapshot(tensor)
+    if alone:
+        del tensor
+    settle(kept)
+    assert not is_lazy(kept)
+    assert kept.tolist() == before
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.eye(3).to_sparse(), torch.empty(3, device="meta"), torch.randn(3).requires_grad_()],
+    ids=["sparse", "meta", "leaf"],
+)
+def test_what_is_no_lazy_copy_is_settled(tensor):
+    settle(tensor)
+
+
+def test_what_a_cache_hands_out_is_settled():
+    model = NNsight(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Identity(), torch.nn.ReLU(inplace=True)))
+    cache = model.cache(torch.ones(2, 3), include_inputs=True)
+    assert any(is_lazy(each.output) for entries in cache._entries.values() for each in entries)
+    for path in cache:
+        assert not is_lazy(cache[path].output)
+        assert not is_lazy(cache[path].input)
+    assert torch.equal(cache["0"].output, cache["1"].output)
+    assert cache["0"].output.data_ptr() != cache["1"].output.data_ptr()
