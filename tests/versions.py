@@ -72,6 +72,7 @@ IN_A_PROCESS_WITH_TORCH = [
     "fence.py::test_two_thousand_torch_errors_on_stacks_of_any_depth_leave_the_process_alive",
     "fence.py::test_without_the_fence_the_same_errors_kill_the_process",
     "entering.py::test_a_call_is_told_where_the_code_was_started_by_the_command_line",
+    "architecture.py::test_what_the_package_has_for_everybody_imports_neither_ipython_nor_transformers",
 ]
 """Tests that start a Python which computes with torch."""
 
