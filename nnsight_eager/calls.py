@@ -177,10 +177,8 @@ class RewrittenForward(Tap):
         """One call of the module."""
         if current_stack() is not self.stack:
             return self.pass_through(args, kwargs)
-        forward = self.__wrapped__
-        while isinstance(forward, Tap):  # of another run that asks for operations here, and hears nothing of this one
-            forward = forward.__wrapped__
-        return self.calls.run(forward, *args, **kwargs)
+        # Below the taps of other runs that ask for operations here, and hear nothing of this one.
+        return self.calls.run(self.innermost().__wrapped__, *args, **kwargs)
 
 
 class Rewritten:

@@ -79,9 +79,8 @@ def _listed(texts: Any) -> Iterable[Any]:
             f"The data set is a `{type(texts).__name__}`, which is no sequence of rows.",
             "Give a list of texts, of token ids or of dicts, a `datasets.Dataset`, or one column of a table.",
         )
-    if not hasattr(texts, "__iter__") and hasattr(
-        texts, "__len__"
-    ):  # as in torch's data sets, which need not end by themselves
+    # Torch's data sets need not end by themselves.
+    if not hasattr(texts, "__iter__") and hasattr(texts, "__len__"):
         return (texts[number] for number in range(len(texts)))
     return texts  # type: ignore[no-any-return]
 

@@ -73,7 +73,7 @@ class Extraction:
         self._rows = rows
         self._lengths = [len(row) for row in rows]
         self._options = options
-        self._batches = batched(self._lengths, options.batch_tokens)
+        self.batches: list[Batch] = batched(self._lengths, options.batch_tokens)  # the rows of each forward pass
         self._surveyed: dict[str, Form] | None = None
         self._request = self._requested()
 
@@ -111,11 +111,6 @@ class Extraction:
         tokens = sum(self._lengths[row] for batch in batches for row in batch)
         with shard_at(shard_path(folder, number), _stored(points), tokens) as shard:
             self._fill(shard, batches, points, advance, values or self.values)
-
-    @property
-    def batches(self) -> list[Batch]:
-        """The rows of each forward pass."""
-        return self._batches
 
     def survey(self) -> dict[str, Form]:
         """What there is to store, found out once."""
@@ -167,12 +162,12 @@ class Extraction:
     def _shards(self, points: Mapping[str, Form]) -> list[list[Batch]]:
         """The batches of each shard."""
         token = sum(form.nbytes for form in _stored(points).values())
-        return sharded(self._batches, self._lengths, self._options.shard_bytes // token)
+        return sharded(self.batches, self._lengths, self._options.shard_bytes // token)
 
     def _survey(self) -> dict[str, Form]:
         """What there is to store, in the order the model comes by it, from a whole forward pass on a few tokens."""
         seen: dict[str, list[torch.Tensor | None]] = {}
-        keywords = self._prepare([self._rows[self._batches[0][0]][:SURVEYED]])
+        keywords = self._prepare([self._rows[self.batches[0][0]][:SURVEYED]])
         with torch.no_grad(), self.model.trace(**keywords) as tracer:
             for path, module in self._modules.items():
                 tracer.watch(module, _noted(seen, path))

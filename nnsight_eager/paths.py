@@ -45,6 +45,11 @@ def near(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(f'`{each}`' for each in close)}?" if close else "."
 
 
+def dotted(written: str) -> str:
+    """A path, or a part of one, that is written as Python: `h[2].mlp` is `h.2.mlp`."""
+    return written.replace("[", ".").replace("]", "")
+
+
 def example(paths: Iterable[str]) -> str:
     """A path that says most of how these are written: of a module in a layer, of its MLP where it has one."""
     written = [path for path in paths if path]

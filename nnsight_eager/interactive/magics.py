@@ -20,7 +20,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 
 from ..errors import NnsightEagerError
-from ..paths import example
+from ..paths import dotted, example
 from ..trace import Trace
 from ..tracebacks import at_the_users_line
 from ..visits import INPUT, OUTPUT
@@ -214,14 +214,12 @@ def in_magics(sentences: str) -> str:
     """What an error says to write, as a magic where there is one: `%back h.2 input` for `run.back_to(model.h[2], "input")`."""
     for python, magic in MAGICS.items():
         sentences = re.sub(f"`{python}`", magic, sentences)
-    return re.sub(
-        f"`{BACK}`", lambda written: f"`{' '.join(filter(None, ('%back', dotted(written[1]), written[2])))}`", sentences
-    )
+    return re.sub(f"`{BACK}`", _back, sentences)
 
 
-def dotted(written: str) -> str:
-    """The path of a module that is written as Python: `.h[2].mlp` is `h.2.mlp`."""
-    return written.replace("[", ".").replace("]", "").removeprefix(".")
+def _back(written: re.Match[str]) -> str:
+    words = "%back", dotted(written[1]).removeprefix("."), written[2]
+    return f"`{' '.join(filter(None, words))}`"
 
 
 def _refuse_more(line: str, magic: str) -> None:

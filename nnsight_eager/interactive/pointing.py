@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import NotReachedError, PathError, RunError
-from ..paths import PATTERN, matching, spelled
+from ..paths import PATTERN, dotted, matching, spelled
 from ..run import Run
 from ..source import OperationPoint, part_of
 from ..tree import Envoy, Tree
@@ -59,17 +59,13 @@ def _without_kind(root: torch.nn.Module, path: str, kind: str) -> tuple[str, str
     owner, _, last = path.rpartition(".")
     if not owner or last not in (INPUT, OUTPUT, PATTERN):
         return path, kind
-    is_module = any(matching(root, each) for each in (_dotted(path), _dotted(path).removeprefix("model.")))
+    is_module = any(matching(root, each) for each in (dotted(path), dotted(path).removeprefix("model.")))
     return (path, kind) if is_module else (owner, last)
-
-
-def _dotted(path: str) -> str:
-    return path.replace("[", ".").replace("]", "")
 
 
 def _divided(root: torch.nn.Module, path: str) -> list[str]:
     """The path of a module and the names of an operation in it, if it names one: `h.0.source.self_mlp_0`."""
-    path = _dotted(path)
+    path = dotted(path)
     if path in dict(root.named_modules()):
         return [path]
     owner, *names = f".{path}".split(".source.")  # the root's own operations begin at `source`
