@@ -21,7 +21,7 @@ from .paths import example, in_every_layer, matching, near, spelled
 from .points import Points
 from .run import Run
 from .source import Source, source_of
-from .tracebacks import at_the_users_line, for_the_reader
+from .tracebacks import for_the_reader
 from .visits import Forward, Kind, Visit
 
 
@@ -261,20 +261,23 @@ class Envoy(Points):
         names = [each for each in dir(self) if not each.startswith("_")]
         return f"`{spelled(self._path)}` ({type(self._module).__name__}) has no `{name}`{near(name, names)}"
 
-    @at_the_users_line
     def __getitem__(self, key: Any) -> Any:
         """`h[5]`, `h[-1]`, `h[2:5]` (a list), `layer["output"]`, `model["transformer.h.5"]`."""
-        if isinstance(key, str):
-            return self._below(key)
-        below = children(self._module)
-        names = list(below)
-        if isinstance(key, slice):
-            return [self._child(name) for name in names[key]]
-        try:
-            name = names[key]
-        except IndexError:
-            raise IndexError(f"`{spelled(self._path)}` has {len(names)} modules; there is no [{key}].") from None
-        return self._envoy_of(name, below[name])
+        try:  # not by `at_the_users_line`: behind a decorated `__getitem__` IPython completes nothing
+            if isinstance(key, str):
+                return self._below(key)
+            below = children(self._module)
+            names = list(below)
+            if isinstance(key, slice):
+                return [self._child(name) for name in names[key]]
+            try:
+                name = names[key]
+            except IndexError:
+                raise IndexError(f"`{spelled(self._path)}` has {len(names)} modules; there is no [{key}].") from None
+            return self._envoy_of(name, below[name])
+        except (KeyError, IndexError) as error:
+            error.__traceback__ = for_the_reader(error.__traceback__)
+            raise
 
     def _below(self, path: str) -> "Envoy":
         """The envoy at a path from here."""
